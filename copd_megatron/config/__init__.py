@@ -1,0 +1,1 @@
+"""Run configuration: one strict section per folder, composed by ``run.RunConfig``."""

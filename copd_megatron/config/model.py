@@ -1,0 +1,43 @@
+"""Backbone and adapters: what is frozen, what is trained, and how the forward is evaluated."""
+from typing import Literal
+
+from pydantic import Field
+
+from copd_megatron.config.section import Section
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class ModelConfig(Section):
+    """The frozen backbone."""
+
+    path: str
+    """Local Hugging Face directory of the backbone (config.json, safetensors, tokenizer, processor)."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    """Compute and storage type of the backbone; adapters are kept in float32 (float64 if this is)."""
+    prefix_sharing: bool = True
+    """Evaluate the prompt once for all completions of a group. False is the naive reference:
+    every (completion, expert) pair carries its own copy of the prompt."""
+    attention: Literal["auto", "reference", "flash"] = "auto"
+    """Attention backend. ``reference`` is plain torch; ``flash`` merges prefix and completion parts by
+    log-sum-exp over torch's fused kernels; ``auto`` is flash."""
+    head_chunk_tokens: int = Field(2048, ge=1)
+    """Tokens whose logits exist at one time in losses over the vocabulary."""
+    recompute: bool = False
+    """Recompute each transformer layer in the backward (full activation recomputation)."""
+
+
+class AdapterConfig(Section):
+    """The LoRA matrices of every expert (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(32, ge=1)
+    """Rank r of every adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is (alpha / rank) B A x."""
+    targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Linears that carry an adapter."""
+    scope: Literal["sequence", "completion"] = "sequence"
+    """``sequence`` adapts every token (plain LoRA, merges exactly). ``completion`` adapts from the
+    invocation tokens on (activated LoRA, arXiv:2504.12397): the prompt is shared by all experts."""
+    first_layer: int = Field(0, ge=0)
+    """Layers below this one carry no adapter; there all experts share every state."""

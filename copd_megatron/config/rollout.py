@@ -1,0 +1,27 @@
+"""Sampling: how completions are generated for training."""
+from typing import Literal
+
+from pydantic import Field
+
+from copd_megatron.config.section import Section
+
+
+class RolloutConfig(Section):
+    """The rollout engine and its sampling settings for training."""
+
+    engine: Literal["megatron"] = "megatron"
+    """``megatron`` decodes on the training shards themselves."""
+    prompts_per_step: int = Field(256, ge=1)
+    """Prompts per expert and step (native batch)."""
+    group_size: int = Field(8, ge=1)
+    """Completions per prompt, G."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling and training temperature."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus mass. Training requires 1.0: log-probs must be those of the distribution sampled."""
+    max_completion_tokens: int = Field(1024, ge=1)
+    """Completions are cut here; the cut ones count as truncated."""
+    max_prompt_tokens: int = Field(16384, ge=1)
+    """Longer prompts are refused before training."""
+    decode_lanes: int = Field(1024, ge=1)
+    """Completions that decode together; bounds the KV cache."""
