@@ -1,0 +1,90 @@
+"""The shape of a frozen backbone, independent of the file format it came from.
+
+Every supported family is one stack: token embedding, ``num_layers`` pre-norm blocks (RMSNorm, grouped-query
+attention with rotary positions, RMSNorm, SwiGLU), a final RMSNorm and a head over the vocabulary. What differs
+between families is stated here as data, so that no other module asks for a family's name.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from copd_megatron.types import UserError
+
+Family = Literal["qwen3_vl", "qwen3", "llama"]
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), rotate-half form.
+
+    Example: ``RopeSpec(theta=5e6, scaling=None, mrope_section=(24, 20, 20))`` is Qwen3-VL.
+    """
+
+    theta: float
+    """Base of the inverse frequencies theta^(-2i / head_dim)."""
+    scaling: dict[str, Any] | None = field(default=None, hash=False)
+    """None for plain rotary; else {"rope_type": "linear", "factor": f} or {"rope_type": "llama3", "factor": f,
+    "low_freq_factor": l, "high_freq_factor": h, "original_max_position_embeddings": n}."""
+    mrope_section: tuple[int, int, int] | None = None
+    """How many of the head_dim / 2 frequencies turn with the temporal, height and width position. When set, the
+    sections are interleaved (T H W T H W ... T T) as in Qwen3-VL; None turns all with the temporal position."""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """Everything that the backbone is built from.
+
+    Example: Qwen3-VL-4B has 36 layers of 2560, 32 query heads on 8 key/value heads of 128, SwiGLU 9728, a tied
+    head over 151936 tokens, and visual features added after layers 0, 1 and 2.
+    """
+
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """True size; the sharded tables are padded to a multiple of the tensor-parallel size."""
+    norm_eps: float
+    rope: RopeSpec
+    qk_norm: bool
+    """RMSNorm over head_dim on every query and key head, before the rotation."""
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    tied_head: bool
+    """The head is the embedding table."""
+    deepstack_layers: int
+    """Visual features are added to the output of layers 0 .. n-1; 0 for text-only backbones."""
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+
+    @property
+    def is_visual(self) -> bool:
+        """Whether prompts may carry images and videos."""
+        return self.image_token_id is not None
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """The smallest multiple of ``tp`` that holds the vocabulary."""
+        return -(-self.vocab_size // tp) * tp
+
+    def check_parallel(self, tp: int, pp: int) -> None:
+        """Raise UserError unless ``tp`` divides heads and feed-forward and ``pp`` leaves no stage empty."""
+        for what, size in (
+            ("query heads", self.num_heads),
+            ("key/value heads", self.num_kv_heads),
+            ("feed-forward rows", self.ffn_hidden_size),
+        ):
+            if size % tp:
+                raise UserError(
+                    f"parallel.tensor: {tp} does not divide the backbone's {size} {what}; allowed are "
+                    f"common divisors of {self.num_heads} query heads, {self.num_kv_heads} key/value heads and "
+                    f"{self.ffn_hidden_size} feed-forward rows; choose one of them")
+        if not 1 <= pp <= self.num_layers:
+            raise UserError(
+                f"parallel.pipeline: {pp} stages for the backbone's {self.num_layers} layers; allowed is "
+                f"1 to {self.num_layers}; use fewer stages")
