@@ -1,0 +1,141 @@
+"""The same result from torch's fused kernels: dense parts, merged exactly by log-sum-exp.
+
+With out_i and lse_i of the parts, lse = log sum_i exp(lse_i) and out = sum_i exp(lse_i - lse) out_i
+(Milakov and Gimelshein 2018, arXiv:1805.02867). The backward of each part is the fused kernel's own
+backward given the *merged* out and lse, because P_ij = exp(s_ij - lse) and
+dS = P (dO V^T - rowsum(dO out)) need nothing else (as in Liu et al. 2023, arXiv:2310.01889).
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from copd_kernels.prefix_attention.plan import Block, Plan
+
+_aten = torch.ops.aten
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """Dense attention with its log-sum-exp, without autograd.
+
+    Args:
+        q: [B, heads, Q, d]; k, v: [B, heads, K, d].
+
+    Returns:
+        out [B, heads, Q, d] of q's dtype and lse [B, heads, Q] (float32, or float64 for float64).
+    """
+    if not q.is_cuda:
+        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+    # The kernel pads the log-sum-exp to a multiple of 32 queries.
+    return out, lse[..., :q.shape[2]]
+
+
+def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+                    causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``attend`` for q, k, v, given out and lse of the whole (merged) softmax."""
+    if not q.is_cuda:
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, causal)
+    missing = -lse.shape[2] % 32
+    lse = torch.nn.functional.pad(lse, (0, missing), value=float("inf")).contiguous()
+    none = torch.zeros((), dtype=torch.int64, device=q.device)
+    return _aten._scaled_dot_product_efficient_attention_backward(
+        grad, q, k, v, None, out, lse, none, none, 0.0, [True, True, True, False], causal)[:3]
+
+
+def _take(x: Tensor, block: Block) -> Tensor:
+    """[T, h, d] -> [B, h, L, d] (or [T, h] -> [B, h, L])."""
+    rows = x.index_select(0, block.index)
+    return rows.view(*block.shape, *x.shape[1:]).transpose(1, 2).contiguous()
+
+
+def _give(x: Tensor, block: Block) -> Tensor:
+    """[B, h, L, ...] -> the real rows [n, h, ...]."""
+    rows = x.transpose(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
+    return rows if block.slots is None else rows.index_select(0, block.slots)
+
+
+def _real(x: Tensor, block: Block) -> Tensor:
+    """Zero the padding slots of a gathered gradient [B, h, L, d]."""
+    if block.slots is None:
+        return x
+    mask = torch.zeros(block.index.numel(), dtype=x.dtype, device=x.device)
+    mask[block.slots] = 1
+    return x * mask.view(block.shape[0], 1, block.shape[1], 1)
+
+
+def fold(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, heads, L, ...] -> [B, kv_heads, groups * L, ...]: queries of one kv head side by side."""
+    batch, heads, length, *rest = x.shape
+    return x.reshape(batch, kv_heads, heads // kv_heads * length, *rest)
+
+
+def unfold(x: Tensor, heads: int) -> Tensor:
+    """Inverse of ``fold``."""
+    batch, kv_heads, folded, *rest = x.shape
+    return x.reshape(batch, heads, kv_heads * folded // heads, *rest)
+
+
+class _PrefixAttention(torch.autograd.Function):
+    """Forward and backward over all blocks of a plan; trunk K and V from the stream or from outside."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, plan: Plan, trunk_k, trunk_v):
+        groups = q.shape[1] // k.shape[1]
+        out = torch.zeros_like(q)
+        lse = torch.full(q.shape[:2], float("-inf"), device=q.device,
+                         dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        for block in plan.causal:
+            keys, values = (_take(x, block).repeat_interleave(groups, 1) for x in (k, v))
+            part, part_lse = attend(_take(q, block), keys, values, True)
+            out[block.rows], lse[block.rows] = _give(part, block), _give(part_lse, block)
+        outside = trunk_k is not None
+        source_k, source_v = (trunk_k, trunk_v) if outside else (k, v)
+        for block in plan.trunk:
+            part, part_lse = attend(fold(_take(q, block.queries), k.shape[1]),
+                                    _take(source_k, block.keys), _take(source_v, block.keys), False)
+            part = _give(unfold(part, q.shape[1]), block.queries)
+            part_lse = _give(unfold(part_lse, q.shape[1]), block.queries)
+            rows = block.queries.rows
+            own_out, own_lse = out[rows], lse[rows]
+            both = torch.logaddexp(own_lse, part_lse)
+            merged = (own_out * (own_lse - both).exp()[..., None] + part * (part_lse - both).exp()[..., None])
+            out[rows], lse[rows] = merged.to(out.dtype), both
+        ctx.save_for_backward(q, k, v, out, lse, trunk_k, trunk_v)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse, trunk_k, trunk_v = ctx.saved_tensors
+        heads, kv_heads = q.shape[1], k.shape[1]
+        dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
+        for block in ctx.plan.causal:
+            keys, values = (_take(x, block).repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+            parts = attend_backward(_real(_take(grad, block), block), _take(q, block), keys, values,
+                                    _take(out, block), _take(lse, block), True)
+            dq.index_add_(0, block.rows, _give(parts[0], block))
+            for total, part in ((dk, parts[1]), (dv, parts[2])):
+                summed = part.view(part.shape[0], kv_heads, -1, *part.shape[2:]).sum(2)
+                total.index_add_(0, block.rows, _give(summed, block))
+        outside = trunk_k is not None
+        source_k, source_v = (trunk_k, trunk_v) if outside else (k, v)
+        for block in ctx.plan.trunk:
+            parts = attend_backward(
+                fold(_real(_take(grad, block.queries), block.queries), kv_heads),
+                fold(_take(q, block.queries), kv_heads), _take(source_k, block.keys),
+                _take(source_v, block.keys), fold(_take(out, block.queries), kv_heads),
+                fold(_take(lse, block.queries), kv_heads), False)
+            dq.index_add_(0, block.queries.rows, _give(unfold(parts[0], heads), block.queries))
+            if not outside:
+                dk.index_add_(0, block.keys.rows, _give(parts[1], block.keys))
+                dv.index_add_(0, block.keys.rows, _give(parts[2], block.keys))
+        return dq, dk, dv, None, None, None
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, plan: Plan,
+                     trunk_kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """As ``reference.prefix_attention``, with the spans sorted into ``plan`` beforehand."""
+    trunk_k, trunk_v = trunk_kv if trunk_kv is not None else (None, None)
+    return _PrefixAttention.apply(q, k, v, plan, trunk_k, trunk_v)
