@@ -1,0 +1,156 @@
+"""From Hugging Face weight names to this rank's parameters of the backbone.
+
+A parameter here is the concatenation, along rows, of slices of Hugging Face tensors. Megatron's fused layouts and
+tensor-parallel shards (TP) are nothing but the choice of these slices:
+
+* ``linear_qkv``: for each key/value group of the rank [its query heads | its key head | its value head]; groups are
+  split over TP in contiguous blocks.
+* ``linear_fc1``: [this rank's rows of gate | the same rows of up].
+* ``linear_proj``, ``linear_fc2``: this rank's columns; their biases are whole on every rank.
+* embedding and head: this rank's rows of the vocabulary padded with zeros to a multiple of TP.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from copd_megatron.model.hf_config import read_spec
+from copd_megatron.model.safetensor_reader import SafetensorReader
+from copd_megatron.model.spec import BackboneSpec, Family
+from copd_megatron.types import UserError
+
+if TYPE_CHECKING:
+    from copd_megatron.model.backbone import Backbone
+
+TEXT_PREFIX: dict[Family, str] = {"qwen3_vl": "model.language_model.", "qwen3": "model.", "llama": "model."}
+"""What precedes ``embed_tokens``, ``layers`` and ``norm`` in a family's weight names."""
+
+VISION_PREFIX = "model.visual."
+HEAD_NAME = "lm_head.weight"
+_NOT_WEIGHTS = ("rotary_emb.inv_freq",)
+"""Endings of buffers that old checkpoints carry and that are recomputed."""
+
+_EVERYTHING = slice(None)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of one Hugging Face tensor. Example: rows 0 to 63 of the query projection of layer 0 are
+    ``Piece("model.layers.0.self_attn.q_proj.weight", rows=slice(0, 64))``."""
+
+    name: str
+    rows: slice = _EVERYTHING
+    cols: slice = _EVERYTHING
+
+
+def expected_shapes(spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
+    """Name and full shape of every text tensor that a checkpoint of this spec must hold.
+
+    A tied head is not among them: it may be left out, and if present must equal the embedding.
+    """
+    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    prefix = TEXT_PREFIX[spec.family]
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}embed_tokens.weight": (spec.vocab_size, hidden),
+                                          f"{prefix}norm.weight": (hidden,)}
+    if not spec.tied_head:
+        shapes[HEAD_NAME] = (spec.vocab_size, hidden)
+    linears = {
+        "self_attn.q_proj": (q_rows, hidden, spec.qkv_bias), "self_attn.k_proj": (kv_rows, hidden, spec.qkv_bias),
+        "self_attn.v_proj": (kv_rows, hidden, spec.qkv_bias), "self_attn.o_proj": (hidden, q_rows, spec.o_bias),
+        "mlp.gate_proj": (ffn, hidden, spec.mlp_bias), "mlp.up_proj": (ffn, hidden, spec.mlp_bias),
+        "mlp.down_proj": (hidden, ffn, spec.mlp_bias),
+    }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if spec.qk_norm:
+        norms |= {"self_attn.q_norm": spec.head_dim, "self_attn.k_norm": spec.head_dim}
+    for index in range(spec.num_layers):
+        layer = f"{prefix}layers.{index}."
+        for name, (rows, cols, bias) in linears.items():
+            shapes[f"{layer}{name}.weight"] = (rows, cols)
+            if bias:
+                shapes[f"{layer}{name}.bias"] = (rows,)
+        shapes |= {f"{layer}{name}.weight": (size,) for name, size in norms.items()}
+    return shapes
+
+
+def check_tensors(spec: BackboneSpec, reader: SafetensorReader) -> None:
+    """Raise UserError unless the checkpoint's text tensors are exactly those of ``spec``, names and shapes.
+
+    Reads headers only. Vision tensors are the vision tower's business; see ``model.vision``.
+    """
+    expected = expected_shapes(spec)
+    if spec.tied_head and HEAD_NAME in reader.entries:
+        expected[HEAD_NAME] = (spec.vocab_size, spec.hidden_size)
+    for name, shape in expected.items():
+        if reader.shape(name) != shape:
+            raise UserError(f"model.path: {reader.entries[name].file}: tensor {name!r} has shape "
+                            f"{list(reader.shape(name))}, config.json asks for {list(shape)}; weights and config "
+                            "must belong together; copy both anew")
+    for name, entry in reader.entries.items():
+        vision = spec.is_visual and name.startswith(VISION_PREFIX)
+        if name not in expected and not vision and not name.endswith(_NOT_WEIGHTS):
+            raise UserError(f"model.path: {entry.file}: tensor {name!r} is unknown; a {spec.family} backbone with "
+                            "this config.json has none of that name; use a plain checkpoint of the family")
+
+
+def check_backbone(path: str | Path) -> BackboneSpec:
+    """The spec of the backbone in ``path`` after every check that needs no weights: config, files, tensors.
+
+    Raises UserError (``model.path: ...``) for the first thing that is wrong.
+    """
+    spec = read_spec(path)
+    with SafetensorReader(path) as reader:
+        check_tensors(spec, reader)
+    return spec
+
+
+def layer_pieces(spec: BackboneSpec, layer: int, tp_rank: int, tp: int) -> dict[str, list[Piece]]:
+    """Pieces of every parameter of TransformerLayer ``layer`` (global index) on one TP rank, by parameter name."""
+    spec.check_parallel(tp, 1)
+    prefix = f"{TEXT_PREFIX[spec.family]}layers.{layer}."
+    ffn = _shard(spec.ffn_hidden_size, tp_rank, tp)
+    heads = _shard(spec.num_heads, tp_rank, tp)
+    head_cols = slice(heads.start * spec.head_dim, heads.stop * spec.head_dim)
+    pieces = {
+        "input_layernorm.weight": [Piece(f"{prefix}input_layernorm.weight")],
+        "pre_mlp_layernorm.weight": [Piece(f"{prefix}post_attention_layernorm.weight")],
+        "self_attention.linear_qkv.weight": list(_qkv_pieces(spec, prefix, "weight", tp_rank, tp)),
+        "self_attention.linear_proj.weight": [Piece(f"{prefix}self_attn.o_proj.weight", cols=head_cols)],
+        "mlp.linear_fc1.weight": [Piece(f"{prefix}mlp.{name}_proj.weight", ffn) for name in ("gate", "up")],
+        "mlp.linear_fc2.weight": [Piece(f"{prefix}mlp.down_proj.weight", cols=ffn)],
+    }
+    if spec.qk_norm:
+        pieces["self_attention.q_layernorm.weight"] = [Piece(f"{prefix}self_attn.q_norm.weight")]
+        pieces["self_attention.k_layernorm.weight"] = [Piece(f"{prefix}self_attn.k_norm.weight")]
+    if spec.qkv_bias:
+        pieces["self_attention.linear_qkv.bias"] = list(_qkv_pieces(spec, prefix, "bias", tp_rank, tp))
+    if spec.o_bias:
+        pieces["self_attention.linear_proj.bias"] = [Piece(f"{prefix}self_attn.o_proj.bias")]
+    if spec.mlp_bias:
+        pieces["mlp.linear_fc1.bias"] = [Piece(f"{prefix}mlp.{name}_proj.bias", ffn) for name in ("gate", "up")]
+        pieces["mlp.linear_fc2.bias"] = [Piece(f"{prefix}mlp.down_proj.bias")]
+    return pieces
+
+
+def vocabulary_piece(spec: BackboneSpec, name: str, tp_rank: int, tp: int) -> Piece:
+    """This rank's rows of the embedding or head; past the true vocabulary the rank's table is padding."""
+    rows = _shard(spec.padded_vocab_size(tp), tp_rank, tp)
+    return Piece(name, slice(min(rows.start, spec.vocab_size), min(rows.stop, spec.vocab_size)))
+
+
+def _shard(size: int, tp_rank: int, tp: int) -> slice:
+    return slice(size * tp_rank // tp, size * (tp_rank + 1) // tp)
+
+
+def _qkv_pieces(spec: BackboneSpec, prefix: str, kind: str, tp_rank: int, tp: int) -> Iterator[Piece]:
+    """[query heads of the group | key head | value head] for each key/value group of this rank."""
+    queries = spec.num_heads // spec.num_kv_heads * spec.head_dim
+    groups = _shard(spec.num_kv_heads, tp_rank, tp)
+    for group in range(groups.start, groups.stop):
+        for name, size in (("q", queries), ("k", spec.head_dim), ("v", spec.head_dim)):
+            yield Piece(f"{prefix}self_attn.{name}_proj.{kind}", slice(group * size, (group + 1) * size))
