@@ -1,0 +1,111 @@
+"""Where every rank stands: arithmetic between a rank number and its coordinates.
+
+Ranks are numbered in Megatron-Core's order "tp-cp-ep-dp-pp", tensor parallelism fastest:
+
+    rank = ((pp * replicas + replica) * CP + cp) * TP + tp
+
+so the ranks of one tensor-parallel group are neighbours (one node, NVLink) and pipeline stages lie farthest
+apart. Megatron's data-parallel axis is our axis of replicas.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from copd_megatron.types import UserError
+
+
+@dataclass(frozen=True, order=True)
+class Coordinates:
+    """Position of one rank. Example: ``Coordinates(replica=1, pp=0, cp=0, tp=1)``."""
+
+    replica: int
+    pp: int
+    cp: int
+    tp: int
+    ep: int = 0
+    """MoE-expert axis, folded inside the replica; always 0 while EP is 1."""
+    etp: int = 0
+    """Tensor axis of MoE experts, folded inside the replica; always 0 while ETP is 1."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of all axes. World size = replicas x TP x PP x CP. Example: ``Layout(tp=2, pp=1, replicas=3)``.
+
+    Raises:
+        UserError: a size below 1, or context or MoE-expert parallelism asked for (not supported yet).
+    """
+
+    tp: int = 1
+    pp: int = 1
+    replicas: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        for field, size in (("tensor", self.tp), ("pipeline", self.pp), ("replicas", self.replicas)):
+            if size < 1:
+                raise UserError(f"parallel.{field}: {size}; sizes are 1 or more; leave it out for 1")
+        for field, size in (("context", self.cp), ("moe_expert", self.ep), ("moe_expert_tensor", self.etp)):
+            if size != 1:
+                raise UserError(f"parallel.{field}: {size}; only 1 is supported; "
+                                "shard with parallel.tensor and parallel.pipeline instead")
+
+    @classmethod
+    def fit(cls, world_size: int, tp: int = 1, pp: int = 1) -> Layout:
+        """The layout of ``world_size`` ranks: what tensor and pipeline parallelism leave over becomes replicas.
+
+        Raises:
+            UserError: ``tp * pp`` does not divide the world size.
+        """
+        per_replica = cls(tp=tp, pp=pp).ranks_per_replica
+        if world_size % per_replica:
+            raise UserError(f"parallel.tensor, parallel.pipeline: {tp} x {pp} = {per_replica} ranks per replica on "
+                            f"{world_size} ranks; the product must divide the number of ranks; start a multiple of "
+                            f"{per_replica} ranks or choose smaller sizes")
+        return cls(tp=tp, pp=pp, replicas=world_size // per_replica)
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Ranks that together hold one copy of the backbone: TP x PP x CP."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def world_size(self) -> int:
+        return self.replicas * self.ranks_per_replica
+
+    @property
+    def key(self) -> str:
+        """Names the layout in plans and checkpoints, e.g. "tp2-cp1-ep1-etp1-pp2-replicas3"."""
+        return f"tp{self.tp}-cp{self.cp}-ep{self.ep}-etp{self.etp}-pp{self.pp}-replicas{self.replicas}"
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Coordinates of a global rank, 0 <= rank < world size."""
+        if not 0 <= rank < self.world_size:
+            raise IndexError(f"rank {rank} is not in 0..{self.world_size - 1} of {self.key}")
+        rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
+        pp, replica = divmod(rest, self.replicas)
+        return Coordinates(replica=replica, pp=pp, cp=cp, tp=tp)
+
+    def rank_of(self, replica: int = 0, pp: int = 0, cp: int = 0, tp: int = 0) -> int:
+        """Global rank at these coordinates; the inverse of `coordinates`."""
+        for axis, at, size in (("replica", replica, self.replicas), ("pp", pp, self.pp), ("cp", cp, self.cp),
+                               ("tp", tp, self.tp)):
+            if not 0 <= at < size:
+                raise IndexError(f"{axis} {at} is not in 0..{size - 1} of {self.key}")
+        return ((pp * self.replicas + replica) * self.cp + cp) * self.tp + tp
+
+    def replica_ranks(self, replica: int) -> tuple[int, ...]:
+        """Global ranks of one replica, first pipeline stage first."""
+        return tuple(self.rank_of(replica, pp, cp, tp) for pp, cp, tp in self.cells())
+
+    def peers(self, pp: int, cp: int, tp: int, replicas: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """Global ranks at one (pp, cp, tp) over the given replicas (all by default), in replica order."""
+        return tuple(self.rank_of(replica, pp, cp, tp) for replica in (replicas or range(self.replicas)))
+
+    def cells(self) -> Iterator[tuple[int, int, int]]:
+        """All (pp, cp, tp) of one replica, in rank order."""
+        return ((pp, cp, tp) for pp in range(self.pp) for cp in range(self.cp) for tp in range(self.tp))

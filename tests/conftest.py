@@ -1,0 +1,37 @@
+"""Shared by all tests: one thread, the CPU shim before Megatron, GPU tests skipped without a GPU."""
+import torch
+
+torch.set_num_threads(1)  # before any kernel runs: forked ranks would hang on the parent's OpenMP threads
+
+import copd_megatron.platform  # noqa: E402, F401
+
+import pytest  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def one_rank():
+    """Makes `Groups` of a single rank in this process for the named experts, and drops them after the test."""
+    from copd_megatron.parallel.groups import Groups
+    from copd_megatron.parallel.layout import Layout
+    from copd_megatron.parallel.placement import Placement
+
+    made: list[Groups] = []
+
+    def make(*experts: str) -> Groups:
+        made.append(Groups.create(Layout(), Placement.build(experts or ("only",), 1)))
+        return made[-1]
+
+    yield make
+    for groups in made:
+        groups.destroy()
