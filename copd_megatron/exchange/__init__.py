@@ -1,0 +1,1 @@
+"""Exchange: who teaches whom, when, and how the signals travel."""
