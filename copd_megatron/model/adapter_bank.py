@@ -1,0 +1,175 @@
+"""All experts' adapters on one pipeline stage, by Hugging Face names.
+
+Each factor is drawn for its full shape from (seed, expert, name) and then sliced, so it does not
+depend on the layout. A ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's default), B = 0: a new expert is the
+backbone. Adapters are kept in float32 (float64 under a float64 backbone) and cast where used.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from copd_megatron.config.model import AdapterConfig
+from copd_megatron.model.spec import BackboneSpec
+from copd_megatron.parallel.groups import Groups
+from copd_megatron.parallel.seeding import generator_for
+
+MODULE_OF = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
+             "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
+ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+@dataclass
+class Routing:
+    """Which rows of the stream in flight belong to which expert; set by the backbone per layer call."""
+
+    current: Sequence[tuple[str, Tensor | slice]] = ()
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One adapter on one projection: A [r, in], B [out, r], this rank's shard of each."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scaling: float
+
+
+@dataclass
+class _Slot:
+    """One policy's adapters: name -> parameter, and the scaling they share."""
+
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    scaling: float = 1.0
+
+
+def projection_shape(spec: BackboneSpec, projection: str) -> tuple[int, int]:
+    """(out, in) of a projection's full weight."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    return {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q),
+            "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}[projection]
+
+
+def shard_dim(projection: str, factor: str) -> int | None:
+    """Dim of A or B that tensor parallelism cuts; None when every rank holds it whole."""
+    if projection in ROW_PARALLEL:
+        return 1 if factor == "lora_A" else None
+    return 0 if factor == "lora_B" else None
+
+
+class AdapterBank(nn.Module):
+    """The adapters of this stage's layers for every policy, trainable or frozen.
+
+    Policies are called slots by their name: the experts, frozen teachers, and "merged".
+    """
+
+    def __init__(self, spec: BackboneSpec, config: AdapterConfig, groups: Groups, layers: range,
+                 dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.spec, self.config, self.groups = spec, config, groups
+        self.layers = [i for i in layers if i >= config.first_layer]
+        self.dtype, self.device = dtype, device
+        self.routing = Routing()
+        self.slots: dict[str, _Slot] = {}
+        self._linears: dict[tuple[int, str], dict[str, dict[str, LoraFactors]]] = {}
+
+    def names(self) -> list[str]:
+        """Projections with an adapter on this stage: "layers.3.self_attn.q_proj", in layer order."""
+        return [f"layers.{i}.{MODULE_OF[p]}.{p}" for i in self.layers for p in self.config.targets]
+
+    def add_expert(self, name: str, seed: int, trainable: bool = True) -> None:
+        """Add a freshly drawn policy of the configured rank."""
+        factors = {}
+        for full_name in self.names():
+            projection = full_name.rsplit(".", 1)[1]
+            out, inp = projection_shape(self.spec, projection)
+            generator = generator_for(seed, name, full_name)
+            a = (torch.rand(self.config.rank, inp, generator=generator, dtype=torch.float64) * 2 - 1) * inp ** -0.5
+            factors[f"{full_name}.lora_A"] = self.shard(f"{full_name}.lora_A", a)
+            factors[f"{full_name}.lora_B"] = self.shard(f"{full_name}.lora_B", torch.zeros(out, self.config.rank))
+        self.put(name, factors, self.config.alpha / self.config.rank, trainable)
+
+    def put(self, name: str, factors: Mapping[str, Tensor], scaling: float, trainable: bool = False) -> None:
+        """Add or replace a policy from this rank's shards (name -> A or B as in ``parameters_of``)."""
+        self.remove(name)
+        slot = _Slot(scaling=scaling)
+        for key, value in factors.items():
+            parameter = nn.Parameter(value.detach().clone().to(self.device, self.dtype), requires_grad=trainable)
+            projection, factor = key.rsplit(".", 2)[1:]
+            parameter.tp_dim = shard_dim(projection, factor)
+            slot.parameters[key] = parameter
+            self.register_parameter(_parameter_key(name, key), parameter)
+        self.slots[name] = slot
+        for full_name in self.names():
+            if f"{full_name}.lora_A" not in slot.parameters:
+                continue
+            _, index, _, projection = full_name.split(".")
+            target = self._linears.setdefault((int(index), _linear_of(projection)), {})
+            target.setdefault(name, {})[projection] = LoraFactors(
+                slot.parameters[f"{full_name}.lora_A"], slot.parameters[f"{full_name}.lora_B"], scaling)
+
+    def remove(self, name: str) -> None:
+        """Forget a policy; nothing happens if there is none of that name."""
+        slot = self.slots.pop(name, None)
+        if slot is None:
+            return
+        for key in slot.parameters:
+            delattr(self, _parameter_key(name, key))
+        for by_expert in self._linears.values():
+            by_expert.pop(name, None)
+
+    def lora_of(self, layer: int, linear: str) -> dict[str, dict[str, LoraFactors]]:
+        """Live view expert -> projection -> factors for one linear ("qkv", "proj", "fc1", "fc2")."""
+        return self._linears.setdefault((layer, linear), {})
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """Shards of one policy by name, e.g. "layers.0.mlp.up_proj.lora_A"; A is [r, in], B [out, r]."""
+        return dict(self.slots[name].parameters)
+
+    def scaling_of(self, name: str) -> float:
+        """alpha / rank of one policy."""
+        return self.slots[name].scaling
+
+    def shard(self, name: str, full: Tensor) -> Tensor:
+        """This rank's slice of a full factor."""
+        projection, factor = name.rsplit(".", 2)[1:]
+        dim = shard_dim(projection, factor)
+        tp, rank = self.groups.layout.tp, self.groups.coords.tp
+        return full if dim is None else full.chunk(tp, dim)[rank]
+
+    def full_shape(self, name: str, rank: int) -> tuple[int, int]:
+        """Shape of the unsharded factor of a policy with LoRA rank ``rank``."""
+        projection, factor = name.rsplit(".", 2)[1:]
+        out, inp = projection_shape(self.spec, projection)
+        return (rank, inp) if factor == "lora_A" else (out, rank)
+
+    @torch.no_grad()
+    def put_combination(self, name: str, weights: Mapping[str, float]) -> None:
+        """Add the policy whose weight delta is sum_e weights[e] * delta_e, exactly, by concatenating
+        ranks: A = [A_1; A_2; ...], B = [w_1 s_1 B_1, w_2 s_2 B_2, ...], scaling 1."""
+        factors = {}
+        for key in self.parameters_of(next(iter(weights))):
+            parts = [self.slots[e].parameters[key] for e in weights]
+            if key.endswith("lora_A"):
+                factors[key] = torch.cat(parts)
+            else:
+                factors[key] = torch.cat([p * (w * self.slots[e].scaling)
+                                          for p, (e, w) in zip(parts, weights.items())], 1)
+        self.put(name, factors, 1.0)
+
+    def trainable(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """All parameters of the given policies."""
+        return [p for n in names for p in self.slots[n].parameters.values()]
+
+
+def _parameter_key(policy: str, name: str) -> str:
+    return f"{policy}/{name}".replace(".", "/")
+
+
+def _linear_of(projection: str) -> str:
+    return {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "proj",
+            "gate_proj": "fc1", "up_proj": "fc1", "down_proj": "fc2"}[projection]

@@ -1,0 +1,59 @@
+"""The attention inside Megatron's layers: told by the pack which tokens meet.
+
+Megatron hands ``packed_seq_params`` through to ``core_attention`` untouched, so a subclass of it
+carries our structure down: any object with ``attend(layer, q, k, v)`` may sit there (a pack's
+streams here, a decode step in ``rollout.kv_cache``).
+
+Shapes: T tokens of the stream, heads and kv_heads of this tensor-parallel rank, d = head dim.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from copd_kernels.prefix_attention import fused, reference
+from copd_kernels.prefix_attention.plan import Plan
+
+KV = tuple[Tensor, Tensor]
+
+
+@dataclass
+class StreamAttention(PackedSeqParams):
+    """Attention over one stream of a pack."""
+
+    # "sbhd" makes Megatron apply rotary positions token by token, as given.
+    qkv_format: str = "sbhd"
+    plan: Plan | None = None
+    spans: Sequence[tuple[int, int, int, int]] = ()
+    backend: str = "flash"
+    trunk_kv: dict[int, KV] | None = None
+    """Layer -> K, V of trunks evaluated before; None: trunks are in the stream."""
+    capture: dict[int, KV] | None = field(default=None)
+    """When given, receives this stream's own K and V per layer, detached."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[T, heads, d] from q [T, heads, d] and k, v [T, kv_heads, d] of 1-based layer ``layer``."""
+        if self.capture is not None:
+            self.capture[layer] = (k.detach(), v.detach())
+        trunk_kv = self.trunk_kv[layer] if self.trunk_kv is not None else None
+        if self.backend == "reference":
+            return reference.prefix_attention(q, k, v, self.spans, trunk_kv)
+        return fused.prefix_attention(q, k, v, self.plan, trunk_kv)
+
+
+class PackCoreAttention(torch.nn.Module):
+    """``core_attention`` of the layer spec: hands the stream to whoever knows its structure."""
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, **_):
+        super().__init__()
+        self.layer_number = layer_number
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None,
+                packed_seq_params=None):
+        """[T, 1, heads x d] from query [T, 1, heads, d] and key, value [T, 1, kv_heads, d]."""
+        out = packed_seq_params.attend(self.layer_number, query[:, 0], key[:, 0], value[:, 0])
+        return out.reshape(out.shape[0], 1, -1)

@@ -1,0 +1,207 @@
+"""The frozen backbone on this rank's shards: Megatron's parts, our walk through the layers.
+
+A pipeline stage holds the layers ``layer_range``. The stream of a pack enters as embeddings (first
+stage) or as the previous stage's output, changes from the lower to the upper level at
+``first_layer`` (rows fan out to the lanes), and leaves as a pipeline tensor or, on the last stage,
+as the final-normed hidden states that predict completion tokens.
+
+Nothing below ``first_layer`` is differentiated, and trunks that no adapter touches are not either.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from copd_megatron.config.model import AdapterConfig, ModelConfig
+from copd_megatron.model.adapter_bank import AdapterBank
+from copd_megatron.model.attention import KV, StreamAttention
+from copd_megatron.model.layer_spec import RMSNorm, build_layer, transformer_config
+from copd_megatron.model.rope import rotary_frequencies
+from copd_megatron.model.shared_prefix import Level, Pack, PackRules
+from copd_megatron.model.spec import BackboneSpec
+from copd_megatron.model.vocab_parallel import Head
+from copd_megatron.parallel.groups import Groups
+from copd_megatron.platform import device
+from copd_megatron.types import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+Visual = tuple[Tensor, Sequence[Tensor]]
+"""Merged features [n, H] of all the pack's prompts in order, and the deepstack features per layer."""
+
+
+def stage_layers(num_layers: int, pp: int, stage: int) -> range:
+    """Global layers of a pipeline stage: contiguous, as even as possible, the longer ones first."""
+    base, extra = divmod(num_layers, pp)
+    start = stage * base + min(stage, extra)
+    return range(start, start + base + (stage < extra))
+
+
+class Backbone(nn.Module):
+    """One pipeline stage of the backbone with the adapters of all policies it serves.
+
+    Weights are uninitialised until ``translate.load_backbone_weights`` fills them.
+    """
+
+    def __init__(self, spec: BackboneSpec, groups: Groups, model: ModelConfig, adapter: AdapterConfig):
+        super().__init__()
+        spec.check_parallel(groups.layout.tp, groups.layout.pp)
+        if adapter.first_layer >= spec.num_layers:
+            raise UserError(f"adapter.first_layer: {adapter.first_layer}; the backbone has {spec.num_layers} "
+                            f"layers, so allowed is 0 to {spec.num_layers - 1}")
+        self.spec, self.groups, self.model_config = spec, groups, model
+        self.dtype = DTYPES[model.dtype]
+        self.config = transformer_config(spec, groups, self.dtype)
+        self.rules = PackRules(adapter.scope, adapter.first_layer, model.prefix_sharing)
+        self.backend = "flash" if model.attention == "auto" else model.attention
+        self.layer_range = stage_layers(spec.num_layers, groups.layout.pp, groups.coords.pp)
+        self.first_layer_index = self.layer_range.start
+        adapter_dtype = torch.promote_types(self.dtype, torch.float32)
+        self.bank = AdapterBank(spec, adapter, groups, self.layer_range, adapter_dtype, device())
+        padded = spec.padded_vocab_size(groups.layout.tp)
+        if groups.is_first_stage:
+            self.embedding = VocabParallelEmbedding(padded, spec.hidden_size, init_method=nn.init.zeros_,
+                                                    config=self.config, tp_group=groups.tp).requires_grad_(False)
+        self.layers = nn.ModuleList(build_layer(spec, self.config, groups, self.bank, i) for i in self.layer_range)
+        if groups.is_last_stage:
+            self.final_norm = RMSNorm(self.config, spec.hidden_size, spec.norm_eps).requires_grad_(False)
+            if spec.tied_head and groups.is_first_stage:
+                self.output_weight = self.embedding.weight
+            else:
+                self.output_weight = nn.Parameter(
+                    torch.empty(padded // groups.layout.tp, spec.hidden_size, dtype=self.dtype, device=device()),
+                    requires_grad=False)
+        self._input: Tensor | None = None
+
+    @property
+    def head(self) -> Head:
+        """The frozen, vocab-parallel head; last stage only."""
+        shard = self.output_weight.shape[0]
+        group = self.groups.tp if self.groups.layout.tp > 1 else None
+        return Head(self.output_weight, self.groups.coords.tp * shard, self.spec.vocab_size, group,
+                    self.model_config.head_chunk_tokens)
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
+        """What Megatron's pipeline schedule received from the previous stage, [T, 1, H]."""
+        self._input = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(self, pack: Pack, visual: Visual | None = None, capture: dict[int, KV] | None = None) -> Tensor:
+        """Evaluate a pack on this stage.
+
+        Args:
+            pack: see ``shared_prefix.build_pack``.
+            visual: features of the pack's prompts; needed on the first stage and on stages that hold
+                deepstack layers, if the pack has visual tokens.
+            capture: receives 1-based layer -> (K, V) of the whole stream (prefill of decoding).
+
+        Returns:
+            Last stage: [N, H], the rows ``pack.scored_rows``, final-normed. Others: [T, 1, H].
+        """
+        hidden = self._enter(pack, visual)
+        entered = self._input
+        for layer, index in zip(self.layers, self.layer_range):
+            level = pack.level(index)
+            if index == pack.first_layer and pack.fanout is not None:
+                hidden = [hidden[0].index_select(0, pack.fanout)]
+            if len(hidden) != len(level.parts):
+                hidden = [hidden[0][part.rows] for part in level.parts]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= pack.first_layer):
+                hidden = self._layer(layer, level, hidden, capture)
+                hidden = self._add_deepstack(hidden, level, visual, index)
+        out = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+        self._input = None
+        if not self.groups.is_last_stage:
+            return _anchor(out, entered) if torch.is_grad_enabled() else out
+        scored = self.final_norm(out[:, 0].index_select(0, pack.scored_rows))
+        return _anchor(scored, entered) if torch.is_grad_enabled() else scored
+
+    def forward_step(self, token_ids: Tensor, position_ids: Tensor, attention, routing) -> Tensor:
+        """One decode step of rows [L] (one level throughout): [L, 1, H], final-normed on the last stage.
+
+        Args:
+            token_ids: [L]. position_ids: [3, L].
+            attention: an object with ``attend(layer, q, k, v)``, see ``attention``.
+            routing: (expert, rows) of the adapted rows, applied from ``first_layer`` on.
+        """
+        hidden = self._embed(token_ids) if self.groups.is_first_stage else self._input
+        self._input = None
+        angles = rotary_frequencies(self.spec, position_ids)
+        for layer in self.layers:
+            self.bank.routing.current = routing
+            hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles,
+                              packed_seq_params=attention)
+        return self.final_norm(hidden) if self.groups.is_last_stage else hidden
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        return self.embedding(token_ids)[:, None]
+
+    def _enter(self, pack: Pack, visual: Visual | None) -> list[Tensor]:
+        if not self.groups.is_first_stage:
+            return [self._input.detach() if self._frozen_entry(pack) else self._input]
+        level = pack.level(0)
+        hidden = self._embed(level.token_ids)
+        if level.visual_index.numel():
+            hidden[level.visual_index, 0] = visual[0].index_select(0, level.visual_source).to(hidden.dtype)
+        return [hidden]
+
+    def _frozen_entry(self, pack: Pack) -> bool:
+        """Whether what enters this stage needs no gradient."""
+        return self.layer_range.start <= pack.first_layer
+
+    def _layer(self, layer: nn.Module, level: Level, hidden: list[Tensor],
+               capture: dict[int, KV] | None) -> list[Tensor]:
+        """All parts of the stream through one layer: trunks without gradient first, then the rest."""
+        angles = rotary_frequencies(self.spec, level.position_ids)
+        out, trunk_kv = [], None
+        for number, (part, rows) in enumerate(zip(level.parts, hidden)):
+            last = number == len(level.parts) - 1
+            own = {} if not last else capture
+            attention = StreamAttention(plan=part.plan, spans=part.spans, backend=self.backend,
+                                        trunk_kv=trunk_kv, capture=own)
+
+            def run(x, part=part, attention=attention):
+                # Set here, not outside: recomputation in the backward runs other microbatches between.
+                self.bank.routing.current = part.routing
+                return layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles[part.rows],
+                             packed_seq_params=attention)[0]
+
+            with torch.set_grad_enabled(torch.is_grad_enabled() and last):
+                if self.model_config.recompute and torch.is_grad_enabled():
+                    out.append(checkpoint(run, rows, use_reentrant=False, preserve_rng_state=False))
+                else:
+                    out.append(run(rows if last else rows.detach()))
+            trunk_kv = own
+        return out
+
+    def _add_deepstack(self, hidden: list[Tensor], level: Level, visual: Visual | None, index: int) -> list[Tensor]:
+        """Add the visual features of this depth to the rows that carry them (Meng et al. 2024, arXiv:2406.04334)."""
+        if index >= self.spec.deepstack_layers or not level.visual_index.numel():
+            return hidden
+        features = visual[1][index].index_select(0, level.visual_source).to(hidden[0].dtype)[:, None]
+        # Visual tokens are prompt tokens, and trunks are the first part.
+        return [hidden[0].index_add(0, level.visual_index, features), *hidden[1:]]
+
+
+class _Anchor(torch.autograd.Function):
+    """Identity on ``out``; gives ``entered`` a zero gradient where no real one reaches it."""
+
+    @staticmethod
+    def forward(ctx, out, entered):
+        ctx.shape = entered.shape
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.new_zeros(ctx.shape)
+
+
+def _anchor(out: Tensor, entered: Tensor | None) -> Tensor:
+    """Connect a stage's output to its input: Megatron's schedule differentiates every stage, but no
+    gradient crosses layers below the first adapted one."""
+    if entered is None:
+        entered = torch.zeros(0, dtype=out.dtype, device=out.device, requires_grad=True)
+    return _Anchor.apply(out, entered)

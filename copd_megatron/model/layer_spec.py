@@ -1,0 +1,94 @@
+"""Megatron's transformer layer as we use it: frozen, with adapter linears and the pack's attention.
+
+The only file that knows how Megatron-Core spells a layer; another stack (HybridModel's, Transformer
+Engine's) would be built here.
+"""
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer import TransformerConfig, TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor, nn
+
+from copd_megatron.model.adapter_bank import AdapterBank
+from copd_megatron.model.adapter_linear import AdapterGateUpLinear, AdapterQKVLinear, AdapterRowLinear
+from copd_megatron.model.attention import PackCoreAttention
+from copd_megatron.model.spec import BackboneSpec
+from copd_megatron.parallel.groups import Groups
+from copd_megatron.types import UserError
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 or wider, rounded once before the weight (as Hugging Face does).
+
+    Zhang and Sennrich 2019, arXiv:1910.07467. Megatron's local spec has a torch norm, but it refuses
+    sequence parallelism and rounds after the weight.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype,
+                                              device=torch.cuda.current_device()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as x."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of the backbone's layers under this layout."""
+    if spec.o_bias or spec.mlp_bias:
+        raise UserError("model.path: the backbone has biases on o_proj or in its MLP; supported are biases on "
+                        "q, k, v only; use a backbone without them")
+    layout = groups.layout
+    return TransformerConfig(
+        num_layers=spec.num_layers, hidden_size=spec.hidden_size, ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.num_heads, num_query_groups=spec.num_kv_heads, kv_channels=spec.head_dim,
+        normalization="RMSNorm", layernorm_epsilon=spec.norm_eps, qk_layernorm=spec.qk_norm,
+        gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=spec.qkv_bias,
+        hidden_dropout=0.0, attention_dropout=0.0,
+        params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+        # Microbatches have different lengths; Megatron wants this dispatcher then, for dense models too.
+        variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",
+        perform_initialization=False, gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False,
+        apply_rope_fusion=False, persist_layer_norm=False)
+
+
+def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, bank: AdapterBank,
+                index: int) -> TransformerLayer:
+    """Layer ``index`` (global, 0-based) with its linears connected to the bank."""
+    norm = RMSNorm if spec.qk_norm else IdentityOp
+    submodules = TransformerLayerSubmodules(
+        input_layernorm=RMSNorm,
+        self_attention=ModuleSpec(
+            module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal},
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=AdapterQKVLinear, core_attention=PackCoreAttention,
+                linear_proj=AdapterRowLinear, q_layernorm=norm, k_layernorm=norm)),
+        self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=RMSNorm,
+        mlp=partial(MLP.as_mlp_submodule,
+                    submodules=MLPSubmodules(linear_fc1=AdapterGateUpLinear, linear_fc2=AdapterRowLinear)),
+        mlp_bda=get_bias_dropout_add)
+    layer = TransformerLayer(config, submodules, layer_number=index + 1, pg_collection=groups.pg_collection,
+                             add_layer_offset=False)
+    attention, mlp, tp = layer.self_attention, layer.mlp, groups.layout.tp
+    for linear, name, parts in (
+            (attention.linear_qkv, "qkv", ("q_proj", "k_proj", "v_proj")), (attention.linear_proj, "proj", ("o_proj",)),
+            (mlp.linear_fc1, "fc1", ("gate_proj", "up_proj")), (mlp.linear_fc2, "fc2", ("down_proj",))):
+        linear.attach(parts, bank.routing, bank.lora_of(index, name))
+    attention.linear_qkv.attach_heads(spec.num_heads // tp, spec.num_kv_heads // tp, spec.head_dim)
+    return layer.requires_grad_(False)

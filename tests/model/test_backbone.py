@@ -1,0 +1,126 @@
+"""Shared-prefix evaluation is naive evaluation: hidden states and gradients, both scopes, any first layer."""
+import numpy as np
+import pytest
+import torch
+from support.random_backbone import SPEC, make_backbone, make_prompt, make_visual, one_rank_groups
+
+from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack, pack_tokens
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def groups():
+    made = one_rank_groups()
+    yield made
+    made.destroy()
+
+
+def _lanes():
+    """Two prompts (one with an image), ragged completions, lanes of two experts and the backbone."""
+    first, second = make_prompt(1, 9, visual_tokens=4), make_prompt(2, 6)
+    return [LeafGroup(first, [Leaf("a", [11, 12, 13]), Leaf("b", [11, 12, 13]), Leaf(None, [11, 12, 13]),
+                              Leaf("b", [21])]),
+            LeafGroup(second, [Leaf("b", [9, 8, 7, 36, 10]), Leaf("a", [9, 8]), Leaf("b", [9, 8])])]
+
+
+def _run(groups, lanes=None, **options):
+    backbone = make_backbone(groups, **options)
+    lanes = lanes or _lanes()
+    pack = build_pack(lanes, backbone.rules, CPU)
+    hidden = backbone(pack, make_visual([g.prompt for g in lanes]))
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden).cos()
+    (hidden * weights).sum().backward()
+    grads = {(e, n): p.grad for e in ("a", "b") for n, p in backbone.bank.parameters_of(e).items()}
+    return hidden.detach(), grads, pack
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("attention", ["flash", "reference"])
+@pytest.mark.parametrize("first_layer", [0, 1, 2])
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_sharing_equals_naive(groups, scope, first_layer, attention, recompute):
+    want, want_grads, naive = _run(groups, scope=scope, first_layer=first_layer, sharing=False,
+                                   attention="reference")
+    got, grads, pack = _run(groups, scope=scope, first_layer=first_layer, attention=attention, recompute=recompute)
+    assert got.shape == (3 + 3 + 3 + 1 + 5 + 2 + 2, SPEC.hidden_size)
+    assert pack.upper.tokens < naive.upper.tokens == naive.naive_tokens
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-11)
+    assert want_grads.keys() == grads.keys()
+    for name, grad in want_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-9, msg=str(name))
+        layer = int(name[1].split(".")[1])
+        assert layer >= first_layer
+    assert max(g.abs().max() for g in grads.values()) > 1e-2
+
+
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_lanes_do_not_see_each_other(groups, scope):
+    """Each lane alone gives the rows it gives in company."""
+    together, _, pack = _run(groups, scope=scope)
+    rows = together.split(pack.leaf_lengths)
+    number = 0
+    for group in _lanes():
+        for leaf in group.leaves:
+            backbone = make_backbone(groups, scope=scope)
+            alone = [LeafGroup(group.prompt, [leaf])]
+            with torch.no_grad():
+                hidden = backbone(build_pack(alone, backbone.rules, CPU), make_visual([group.prompt]))
+            if not len(group.prompt.visual_index):
+                torch.testing.assert_close(hidden, rows[number], rtol=0, atol=1e-11)
+            number += 1
+
+
+def test_scope_completion_leaves_the_prompt_to_the_backbone(groups):
+    """Trunk tokens of scope completion are computed once, whatever the number of experts."""
+    _, _, completion = _run(groups, scope="completion")
+    _, _, sequence = _run(groups, scope="sequence")
+    trunk = completion.upper.parts[0].rows.stop
+    assert trunk == (9 - 3) + (6 - 3)
+    assert sequence.upper.tokens == 3 * 8 + 2 * 5 + (3 + 3 + 3 + 1 + 5 + 2 + 2)
+
+
+def test_below_first_layer_equal_completions_are_one(groups):
+    _, _, pack = _run(groups, first_layer=1)
+    assert pack.lower.tokens == 8 + 5 + (3 + 1 + 5 + 2)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_pack_tokens_counts_what_build_pack_lays_out(groups, scope, sharing):
+    backbone = make_backbone(groups, scope=scope, sharing=sharing)
+    assert pack_tokens(_lanes(), backbone.rules) == build_pack(_lanes(), backbone.rules, CPU).upper.tokens
+
+
+def test_targets_and_rows_follow_the_leaves(groups):
+    _, _, pack = _run(groups)
+    assert pack.target_ids.tolist() == [t for g in _lanes() for leaf in g.leaves for t in leaf.token_ids]
+    assert pack.leaf_lengths == (3, 3, 3, 1, 5, 2, 2)
+    # The row that predicts the first token of a completion holds the prompt's last token.
+    first_rows = pack.scored_rows[np.cumsum([0, *pack.leaf_lengths[:-1]])]
+    assert pack.upper.token_ids[first_rows].tolist() == [int(g.prompt.token_ids[-1])
+                                                         for g in _lanes() for _ in g.leaves]
+
+
+def test_rank_concatenation_is_the_exact_mean(groups):
+    backbone = make_backbone(groups)
+    lanes = [LeafGroup(make_prompt(3, 5), [Leaf("mean", [9, 8, 7])])]
+    backbone.bank.put_combination("mean", {"a": 0.5, "b": 0.5})
+    merged = {n: p for n, p in backbone.bank.parameters_of("mean").items()}
+    for name in backbone.bank.names():
+        delta = lambda e: (backbone.bank.scaling_of(e) * backbone.bank.parameters_of(e)[f"{name}.lora_B"]  # noqa: E731
+                           @ backbone.bank.parameters_of(e)[f"{name}.lora_A"])
+        torch.testing.assert_close(merged[f"{name}.lora_B"] @ merged[f"{name}.lora_A"],
+                                   (delta("a") + delta("b")) / 2, rtol=0, atol=1e-14)
+    with torch.no_grad():
+        assert backbone(build_pack(lanes, backbone.rules, CPU)).isfinite().all()
+
+
+def test_a_new_expert_is_the_backbone(groups):
+    backbone = make_backbone(groups)
+    backbone.bank.add_expert("new", seed=3)
+    prompt = make_prompt(4, 6)
+    lanes = [LeafGroup(prompt, [Leaf("new", [9, 8]), Leaf(None, [9, 8])])]
+    with torch.no_grad():
+        new, base = backbone(build_pack(lanes, backbone.rules, CPU)).split(2)
+    torch.testing.assert_close(new, base, rtol=0, atol=1e-13)
