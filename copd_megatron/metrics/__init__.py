@@ -1,0 +1,1 @@
+"""Names, sinks and displays of what a run measures."""
