@@ -9,21 +9,22 @@ def import_reference(reference: str) -> Any:
     """The object that ``"pkg.module:Name"`` names; ``Name`` may be dotted ("pkg.module:Class.method").
 
     Raises:
-        ValueError: the text is no such reference, or the module or the name does not exist. The message reads as
-            the rest of a sentence, "'x' ...; ...", for the caller to put ``section.field:`` in front. Any other
-            error that the module raises while it is imported passes through with its own traceback.
+        ValueError: the text is no such reference, or the module or the name does not exist. The message reads
+        as
+            the rest of a sentence, "'x' ...; ...", for the caller to put ``section.field:`` in front. Any
+            other error that the module raises while it is imported passes through with its own traceback.
     """
     module_name, colon, name = reference.partition(":")
     if not (module_name and colon and name):
-        raise ValueError(f"{reference!r} was given; allowed is 'pkg.module:Name', e.g. 'my_tasks.chess:ChessTask'; "
-                         "write the module, a colon and the name")
+        raise ValueError(f"{reference!r} was given; allowed is 'pkg.module:Name', for example "
+                         "'my_tasks.chess:ChessTask'; write the module, a colon and the name")
     try:
         found = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists; something that it imports does not
-        raise ValueError(f"{reference!r} was given; there is no module {error.name!r}; install it, or put its folder "
-                         "on PYTHONPATH") from error
+        raise ValueError(f"{reference!r} was given; there is no module {error.name!r}; install it, or "
+                         "put its folder on PYTHONPATH") from error
     for part in name.split("."):
         if not hasattr(found, part):
             public = [other for other in dir(found) if not other.startswith("_")]

@@ -1,7 +1,7 @@
 """Answers: how one is read out of a completion, and the verifiers that compare it with the reference.
 
-Whatever a completion holds, a verifier returns a score: every text is bounded in length, every pattern runs in linear
-time, and the one open-ended computation (math-verify) lives in a process that can be killed.
+Whatever a completion holds, a verifier returns a score: every text is bounded in length, every pattern runs
+in linear time, and the one open-ended computation (math-verify) lives in a process that can be killed.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_ANSWER_CHARS = 1000
 _MAX_BOXES_TRIED = 8
 
 
-# ---- reading the answer -------------------------------------------------------------------------------------------
+# ---- reading the answer ----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,15 @@ class Answer:
 
 
 # All repetitions are bounded, so that no input makes them backtrack for long.
-_ANNOUNCED = re.compile(r"answer[*\s]{0,8}(?:is\b[*\s]{0,8}:?|:|=)[*\s]{0,8}([^\n]+)|####[^\S\n]{0,8}([^\n]+)",
-                        re.IGNORECASE)
+_ANNOUNCED = re.compile(
+    r"answer[*\s]{0,8}(?:is\b[*\s]{0,8}:?|:|=)[*\s]{0,8}([^\n]+)|####[^\S\n]{0,8}([^\n]+)", re.IGNORECASE)
 _WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**"), ("`", "`"), ('"', '"'))
 
 
 def extract_answer(completion: str) -> Answer | None:
-    r"""The last ``\boxed{...}``, else the last ``<answer>...</answer>``, else what follows the last "answer:",
-    "answer is" or "####", else the last line that is not empty. Reasoning up to ``</think>`` is not read.
+    r"""The last ``\boxed{...}``, else the last ``<answer>...</answer>``, else what follows the last
+    "answer:", "answer is" or "####", else the last line that is not empty. Reasoning up to ``</think>`` is
+    not read.
 
     None if there is no text, or if the answer is longer than ``MAX_ANSWER_CHARS``.
     """
@@ -97,14 +98,15 @@ def _strip_wrappers(text: str) -> str:
     return text
 
 
-# ---- normal forms -------------------------------------------------------------------------------------------------
+# ---- normal forms ----------------------------------------------------------
 
 
 _LATEX_TEXT = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\{([^{}]*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")
 _UNSIGNED = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"
-_NUMBER = re.compile(rf"([a-zA-Z]\w{{0,20}}\s*=\s*)?([-+]?)\s*[$€£¥]?\s*({_UNSIGNED})(?:\s*/\s*({_UNSIGNED}))?"
-                     r"\s*(%|°|(?<=\s)[a-zA-Z][^0-9=]{0,30})?")
+_NUMBER = re.compile(
+    rf"([a-zA-Z]\w{{0,20}}\s*=\s*)?([-+]?)\s*[$€£¥]?\s*({_UNSIGNED})(?:\s*/\s*({_UNSIGNED}))?"
+    r"\s*(%|°|(?<=\s)[a-zA-Z][^0-9=]{0,30})?")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _CHOICE = re.compile(r"(?:(?:the\s)?(?:correct\s)?(?:option|choice)\s*(?:is)?:?\s*)?"
                      r"\(?([a-zA-Z])(?:\)|\.|:|(?=\Z))(?:\s.*)?", re.DOTALL | re.IGNORECASE)
@@ -125,8 +127,8 @@ def normal_text(text: Any) -> str:
 
 def number_in(text: Any, *, bare: bool = False) -> Fraction | None:
     r"""The number that the whole text is: "1,234.5", "-3e2", "3/4", "\frac{3}{4}", "50%" (a half), "$3.50",
-    "x = 5", "12 cm" (the unit is not read); None for anything else. ``bare`` refuses names, units and percent: in
-    mathematics "5 x" is not five of a unit."""
+    "x = 5", "12 cm" (the unit is not read); None for anything else. ``bare`` refuses names, units and
+    percent: in mathematics "5 x" is not five of a unit."""
     plain = _THOUSANDS.sub("", _LATEX_FRACTION.sub(r"\1/\2", _plain(text)))
     match = _NUMBER.fullmatch(plain) if len(plain) <= MAX_ANSWER_CHARS else None
     if match is None:
@@ -150,7 +152,7 @@ def elements_in(value: Any) -> frozenset[Fraction | str]:
     if not isinstance(value, str):
         parts = [str(part) for part in value]
     else:
-        text = _plain(value.replace(r"\{", "{").replace(r"\}", "}").replace(r"\left", "").replace(r"\right", ""))
+        text = _plain(re.sub(r"\\(?:left|right)?(?=[\\({}\[\])])", "", value))
         if text and text[-1:] == _BRACKETS.get(text[:1]):
             text = text[1:-1]
         parts = _split_outside_brackets(text.replace(" and ", ","))
@@ -169,7 +171,7 @@ def _split_outside_brackets(text: str) -> list[str]:
     return parts
 
 
-# ---- verifiers ----------------------------------------------------------------------------------------------------
+# ---- verifiers -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,8 @@ def _is_number(answer: Any) -> str | None:
 def _is_set(answer: Any) -> str | None:
     if isinstance(answer, dict) or answer is None:
         return "is no list or text"
-    return None if elements_in(answer if isinstance(answer, (list, tuple)) else str(answer)) else "has no element"
+    elements = elements_in(answer if isinstance(answer, (list, tuple)) else str(answer))
+    return None if elements else "has no element"
 
 
 VERIFIERS: dict[str, VerifierKind] = {
@@ -264,7 +267,8 @@ def parse_verifier(given: Any) -> Verifier:
         ValueError: unknown name or option; the message is ``what was given; what is allowed``.
     """
     options = dict(given) if isinstance(given, Mapping) else {"name": given}
-    options = {key: value for key, value in options.items() if value is not None}  # Parquet fills structs with null
+    # Parquet fills the options that a row lacks with null.
+    options = {key: value for key, value in options.items() if value is not None}
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in VERIFIERS:
         raise ValueError(f"{name!r} is no verifier; allowed are {sorted(VERIFIERS)}")
@@ -284,8 +288,8 @@ def check_reference(verifier: Verifier, answer: Any) -> None:
 
 
 def score_answer(verifier: Verifier, completion: str, reference: Any) -> dict[str, float]:
-    """accuracy: the answer equals the reference; format: it was marked as the answer. Each 0.0 or 1.0; a completion
-    without an answer scores 0 in both."""
+    """accuracy: the answer equals the reference; format: it was marked as the answer. Each 0.0 or 1.0; a
+    completion without an answer scores 0 in both."""
     found = extract_answer(completion)
     if found is None:
         return {"accuracy": 0.0, "format": 0.0}

@@ -1,7 +1,9 @@
-"""Whether two mathematical answers are equal, by math-verify, in a worker process that is killed when it hangs.
+"""Whether two mathematical answers are equal, by math-verify in a worker process that is killed when it
+hangs.
 
-math-verify's own timeouts use SIGALRM: they work in the main thread only and cannot stop sympy inside C code. Here any
-thread may ask, every process of a run has its own worker, and an answer that takes too long is not equal.
+math-verify's own timeouts use SIGALRM: they work in the main thread only and cannot stop sympy inside C code.
+Here any thread may ask, every process of a run has its own worker, and an answer that takes too long is not
+equal.
 """
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from copd_megatron.types import UserError
 START_LIMIT_S = 120.0
 """Importing sympy takes a second; much more on a cold network file system."""
 ANSWER_LIMIT_S = 10.0
-"""Wall-clock limit; the worker gives up by itself after 2 s of processor time unless it is stuck in C code."""
+"""Wall-clock limit; the worker gives up by itself after 2 s of processor time unless it is stuck in C
+code."""
 CACHED_PAIRS = 1 << 16
 
 
@@ -69,8 +72,9 @@ class _Worker:
 
 def _start() -> subprocess.Popen[bytes]:
     # -P: the script's own folder stays off sys.path, where our module names could shadow others.
-    process = subprocess.Popen([sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+    command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               bufsize=0)
     try:
         hello = json.loads(_read_line(process, START_LIMIT_S))
     except (TimeoutError, EOFError) as error:

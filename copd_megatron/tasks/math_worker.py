@@ -1,8 +1,9 @@
-"""Worker process that compares two mathematical answers with math-verify; started by ``math_equality``, never imported.
+"""Worker process that compares mathematical answers with math-verify; ``math_equality`` starts it.
 
-Sympy has inputs on which it computes for ever, such as 9^{9^{9}}, inside C code that no Python signal can interrupt.
-So it lives in a process that its parent may kill. Protocol, one JSON document a line: first ``{"ready": true}`` or
-``{"error": text}``; then for each ``[reference, given]`` on standard input ``true`` or ``false`` on standard output.
+Sympy has inputs on which it computes for ever, such as 9^{9^{9}}, inside C code that no Python signal can
+interrupt. So it lives in a process that its parent may kill. Protocol, one JSON document a line: first
+``{"ready": true}`` or ``{"error": text}``; then for each ``[reference, given]`` on standard input ``true`` or
+``false`` on standard output.
 """
 import json
 import resource
@@ -15,7 +16,8 @@ MEMORY_LIMIT_BYTES = 4 << 30
 
 
 class OutOfTime(BaseException):
-    """The comparison used its processor time (no ``Exception``, so that nobody's ``except Exception`` eats it)."""
+    """The comparison used its processor time (no ``Exception``, so that nobody's ``except Exception`` eats
+    it)."""
 
 
 def _out_of_time(_signal: int, _frame: object) -> None:
@@ -42,7 +44,7 @@ def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
 
     def equal(reference: str, given: str) -> bool:
-        # The library's own timeouts are off: they use SIGALRM, which C code holds up; ours measures processor time.
+        # The library's own timeouts are off: they count wall-clock time, ours processor time.
         expected, actual = (parse(f"\\boxed{{{text}}}", parsing_timeout=None) for text in (reference, given))
         return bool(expected and actual and verify(expected, actual, timeout_seconds=None))
 
