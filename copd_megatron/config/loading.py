@@ -1,0 +1,230 @@
+"""From a recipe file and ``--set`` overrides to a resolved RunConfig, and from that to JSON and back.
+
+A recipe is a Python file with a function ``recipe() -> RunConfig``. Every mistake in it is a UserError, raised before
+any weight is loaded.
+"""
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+from copd_megatron.config.errors import explain
+from copd_megatron.config.overrides import overridden_tree
+from copd_megatron.config.run import RunConfig
+from copd_megatron.config.schema import nearest
+from copd_megatron.config.section import Section
+from copd_megatron.types import Edge, UserError
+
+FUNCTION = "recipe"
+"""Name of the function that a recipe file defines."""
+
+RECIPE_MARK = "__copd_recipe__"
+"""Set on the modules of recipes: a later recipe of the same name may take their place."""
+
+NAMELESS = re.compile(r"<\S+:\S+ object>")
+"""How `to_json` writes an object that cannot be read back."""
+
+
+def load_recipe(path: str | Path) -> RunConfig:
+    """Run a recipe file and return its configuration.
+
+    The file's folder goes first on ``sys.path``, as for a script, so that a recipe imports its neighbours and names
+    of the form "neighbour:Name" resolve. Relative ``model.path`` and ``rlvr.kl_reference`` are taken from that folder.
+
+    Raises:
+        UserError: the file is missing, fails, has no ``recipe()``, or that returns something else or something invalid.
+    """
+    file = Path(path)
+    if file.suffix != ".py" or not file.is_file():
+        reason = "is a folder" if file.is_dir() else "is no Python file" if file.exists() else "does not exist"
+        raise UserError(f"recipe: {path} {reason}; a Python file with a function {FUNCTION}() -> RunConfig is needed; "
+                        "examples/quickstart.py is one")
+    file = file.resolve()
+    try:
+        module = _import_file(file)
+        build = getattr(module, FUNCTION, None)
+        if not callable(build):
+            raise UserError(f"recipe: {path} has no function {FUNCTION}(); it must return a RunConfig; "
+                            f"define `def {FUNCTION}() -> RunConfig:`")
+        config = build()
+    except ValidationError as error:
+        raise explain(error) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"recipe: {_place(error, file)}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, RunConfig):
+        raise UserError(f"recipe: {path}: {FUNCTION}() returned {type(config).__name__}; it must return a RunConfig")
+    return _with_absolute_paths(config, file.parent)
+
+
+def _import_file(file: Path) -> ModuleType:
+    """Execute ``file`` afresh as a top-level module of its own name."""
+    name = file.stem
+    if "." in name:
+        raise UserError(f"recipe: {file.name}: a dot before .py; a plain module name; rename the file")
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        taken = not hasattr(loaded, RECIPE_MARK)
+    else:
+        spec = importlib.util.find_spec(name)
+        taken = spec is not None and spec.origin != str(file)
+    if taken:
+        raise UserError(f"recipe: {file.name} hides the module {name!r}; any other name will do; rename the file")
+    add_import_folder(file.parent)
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    setattr(module, RECIPE_MARK, True)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def add_import_folder(folder: str | Path) -> None:
+    """Put ``folder`` first on ``sys.path``, once: modules in it become importable by their plain names."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _place(error: Exception, file: Path) -> str:
+    """Innermost line of the recipe, or of a file beside it, that led to ``error``."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}:{error.lineno}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
+              if Path(frame.filename).parent == file.parent]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
+
+
+def _with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
+    model = config.model.model_copy(update={"path": _absolute(config.model.path, folder)})
+    rlvr = config.rlvr
+    if rlvr.kl_reference != "backbone":
+        rlvr = rlvr.model_copy(update={"kl_reference": _absolute(rlvr.kl_reference, folder)})
+    return config.model_copy(update={"model": model, "rlvr": rlvr})
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return str((folder / Path(path).expanduser()).resolve())
+
+
+def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A new run with each "section.field=value" applied in order; ``config`` itself is left as it is.
+
+    Values are JSON where they parse as JSON, also bare lists ([q_proj,v_proj]) and None, True, False; otherwise, and
+    where the field wants text, they are text. Entries of dicts are reached by name
+    (``experts.text.task_args.level=2``). A relative ``model.path`` is taken from the current folder.
+
+    Raises:
+        UserError: no "=", an unknown key (the nearest one is named), a value the field does not accept.
+    """
+    if not overrides:
+        return config
+    tree = overridden_tree(config, overrides)
+    for section, field in (("model", "path"), ("rlvr", "kl_reference")):
+        given = tree[section][field] if isinstance(tree[section], dict) else None
+        if isinstance(given, str) and given != "backbone" and given != getattr(getattr(config, section), field):
+            tree[section][field] = _absolute(given, Path.cwd())
+    try:
+        return type(config).model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, config) from error
+
+
+def to_json(config: RunConfig) -> str:
+    """The resolved run as indented JSON; functions and classes as "pkg.module:qualname".
+
+    Objects that were built in the recipe (a Task instance) have no name: they appear as "<pkg.module:Class object>" and
+    such a file can be read by people only (`load_config` refuses it).
+    """
+    return json.dumps(_plain(config), indent=2) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Section):
+        return {name: _plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, Edge):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(entry) for entry in value), key=str)
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "__qualname__") and hasattr(value, "__module__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    return f"<{type(value).__module__}:{type(value).__qualname__} object>"
+
+
+def load_config(file: str | Path) -> RunConfig:
+    """Read a run back from the JSON that `to_json` wrote.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds an object that only its recipe can build.
+    """
+    path = Path(file)
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"config: {path} does not exist; a run folder holds config.json; check the folder") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"config: {path} is no JSON (line {error.lineno}); it is written by `copd train`; "
+                        "name the recipe instead") from error
+    for key, nameless in _nameless(tree, ""):
+        raise UserError(f"{key}: {path} only says {nameless}; a callable or \"pkg.module:Name\" can be read back; "
+                        "name the recipe instead")
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error) from error
+
+
+def _nameless(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Keys at which `to_json` met an object without a name."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            yield from _nameless(entry, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _nameless(entry, f"{key}[{index}]")
+    elif isinstance(value, str) and NAMELESS.fullmatch(value):
+        yield key, value
+
+
+def resolve_object(name: str, field: str = "object") -> Any:
+    """The object that "pkg.module:Name" names (``Name`` may be dotted). ``field`` is the key shown in errors.
+
+    Raises:
+        UserError: the form is wrong, the module cannot be imported, or has no such name.
+    """
+    module_name, colon, qualified_name = name.partition(":")
+    if not (module_name and colon and qualified_name):
+        raise UserError(f'{field}: {name!r}; allowed: "pkg.module:Name"; write module and name with a colon between')
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{field}: {name!r}: no module {error.name!r}; a module on the Python path or beside the recipe; "
+                        "install its package or set PYTHONPATH") from error
+    except Exception as error:
+        raise UserError(f"{field}: {name!r}: importing it failed with {type(error).__name__}: {error}") from error
+    for part in qualified_name.split("."):
+        if not hasattr(found, part):
+            names = [known for known in dir(found) if not known.startswith("__")]
+            hint = f"; nearest: {nearest(part, names)}" if names else ""
+            raise UserError(f"{field}: {name!r}: {module_name} has no {part!r}{hint}")
+        found = getattr(found, part)
+    return found

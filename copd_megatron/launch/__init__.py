@@ -1,0 +1,1 @@
+"""The command line, and everything that touches the machine: environment variables, run folders, diagnosis."""

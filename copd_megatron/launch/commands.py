@@ -1,0 +1,172 @@
+"""What each command of ``copd`` does. Everything heavy is imported inside the command that needs it, and only after the
+configuration has been checked, so that a typo is reported at once."""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from copd_megatron.launch.environment import is_first_rank
+from copd_megatron.launch.table import format_table
+
+if TYPE_CHECKING:
+    from copd_megatron.config.run import RunConfig
+
+RUNS = Path("runs")
+"""Runs without --run-dir are written to runs/<recipe>."""
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train the experts of a recipe into a run folder."""
+    from copd_megatron.launch import run_folder
+
+    config = _configured(options)
+    run_dir = Path(options.run_dir) if options.run_dir else RUNS / Path(options.recipe).stem
+    if is_first_rank():
+        run_folder.check_startable(run_dir, options.resume)
+    _prepare()
+    from copd_megatron.trainer.build import build_trainer
+
+    trainer = build_trainer(config, run_dir, options.resume)
+    if is_first_rank():
+        run_folder.record_launch(run_dir, options.recipe, options.overrides)
+    trainer.run()
+    return 0
+
+
+def preview(options: argparse.Namespace) -> int:
+    """Show rendered prompts, sampled answers and their rewards."""
+    config = _configured(options)
+    _prepare()
+    from copd_megatron.trainer.preview import preview as show
+
+    show(config, options.n)
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluate a run's policies, or a recipe's backbone, and print policy x domain."""
+    from copd_megatron.config.loading import apply_overrides, load_recipe
+    from copd_megatron.launch import run_folder
+
+    target = Path(options.target)
+    if target.suffix == ".py":
+        run_dir, config = None, load_recipe(target)
+    else:
+        run_dir = run_folder.existing_run(target)
+        config = run_folder.config_of(run_dir)
+    config = apply_overrides(config, [*options.overrides, *_evaluation_overrides(options)])
+    _prepare()
+    from copd_megatron.trainer.evaluate import evaluate_run
+
+    results = evaluate_run(config, run_dir)
+    if is_first_rank():
+        print(_policy_table(results))
+        if options.json:
+            Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+    return 0
+
+
+def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
+    given = {"final_prompts": options.prompts, "samples": options.samples, "greedy": options.greedy}
+    return [f"evaluation.{field}={json.dumps(value)}" for field, value in given.items() if value is not None]
+
+
+def _policy_table(results: dict[str, Any]) -> str:
+    """``results`` is one record of evaluations.jsonl: {"policies": {policy: {domain: {"avg", "n", ...}}}, "mode", "samples"}."""
+    policies = results["policies"]
+    domains = list(dict.fromkeys(domain for scores in policies.values() for domain in scores))
+    rows = [[policy, *(f"{100 * scores[domain]['avg']:.1f}" if domain in scores else "" for domain in domains)]
+            for policy, scores in policies.items()]
+    counts = sorted({scores["n"] for by_domain in policies.values() for scores in by_domain.values()})
+    return (format_table(["accuracy %", *domains], rows)
+            + f"\n{results['mode']}, {results['samples']} sample(s), {' or '.join(map(str, counts))} held-out prompts per domain")
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write a run's report.html and say where it is."""
+    from copd_megatron.launch import run_folder
+
+    run_dir = run_folder.existing_run(options.run_dir)
+    from copd_megatron.report.html import build_report
+
+    print(build_report(run_dir))
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print the results of several runs side by side."""
+    from copd_megatron.launch import run_folder
+
+    run_dirs = [run_folder.existing_run(folder) for folder in options.run_dirs]
+    from copd_megatron.report.compare import compare_runs
+
+    print(compare_runs(run_dirs))
+    return 0
+
+
+def show_config(options: argparse.Namespace) -> int:
+    """Print every field of a recipe, or of a run with nothing set, with its value, default and docstring."""
+    from copd_megatron.config import schema
+    from copd_megatron.config.loading import to_json
+    from copd_megatron.types import UserError
+
+    if options.recipe is None and (options.overrides or options.json):
+        raise UserError("copd config: --set or --json without a recipe; they change or print a recipe's configuration; "
+                        "name a recipe")
+    config = _configured(options) if options.recipe else None
+    if options.json:
+        print(to_json(config), end="")
+        return 0
+    section = None
+    for row in schema.field_rows(config):
+        name = row.path.rpartition(".")[0]
+        if name != section:
+            section = name
+            print(f"\n[{section}]" if section else "")
+        changed = "" if row.value == row.default else f"   (default: {_shown(row.default)})"
+        print(f"{row.path} = {_shown(row.value)}{changed}")
+        print(textwrap.fill(f"{row.type}. {' '.join(row.doc.split())}", 108, initial_indent="    ", subsequent_indent="    "))
+    return 0
+
+
+def _shown(value: Any) -> str:
+    from copd_megatron.config.schema import REQUIRED
+
+    if value is REQUIRED:
+        return repr(value)
+    if hasattr(value, "__qualname__"):
+        return f"{value.__module__}:{value.__qualname__}"
+    return json.dumps(value, default=repr)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print the state of the environment; 1 if something that is needed is missing or harmful."""
+    from copd_megatron.launch.doctor import diagnose
+
+    findings = diagnose()
+    print(format_table(["part", "found", "what it is for", "how to get it"],
+                       [[finding.part, finding.found, finding.purpose, finding.remedy] for finding in findings]))
+    bad = [finding.part for finding in findings if not finding.fine]
+    print("\nAll that is needed is here." if not bad else f"\nNot in order: {', '.join(bad)}")
+    return 1 if bad else 0
+
+
+def _configured(options: argparse.Namespace) -> RunConfig:
+    from copd_megatron.config.loading import apply_overrides, load_recipe
+
+    return apply_overrides(load_recipe(options.recipe), options.overrides)
+
+
+def _prepare() -> None:
+    """What must be in order before Megatron-Core is imported: logging, and no part that breaks it."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("copd_megatron").setLevel(logging.INFO if is_first_rank() else logging.ERROR)
+    import torch
+
+    from copd_megatron.optional import refuse_harmful_parts
+
+    refuse_harmful_parts(torch.cuda.is_available())

@@ -1,0 +1,28 @@
+"""The only place that reads or sets environment variables, apart from torchrun's rendezvous in ``parallel``."""
+from __future__ import annotations
+
+import os
+
+DEFAULTS = {
+    "HF_HUB_OFFLINE": "1",  # backbones and data are local folders: nothing may reach for the network
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # the tokenizers' threads and forked ranks do not go together
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # keeps Megatron's communication ahead of the kernels that hide it
+}
+"""Set where the user has not set them; each must be in place before the library that reads it is imported."""
+
+
+def set_defaults() -> None:
+    """Put `DEFAULTS` into the environment; what the user set stays."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+
+
+def rank() -> int:
+    """This process's rank as torchrun numbers it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the whole run: it prints and writes, the others keep quiet."""
+    return rank() == 0
