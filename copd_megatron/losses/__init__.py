@@ -1,0 +1,1 @@
+"""Losses and their weights: functions of tensors that know no configuration and issue no collective."""

@@ -1,0 +1,56 @@
+"""The definition of vocab_topk in plain torch: ordered by (value descending, id ascending)."""
+import torch
+from torch import Tensor
+
+NO_ID = -1
+"""Id of the places that a shard narrower than k cannot fill; their value is -inf."""
+
+
+def _largest_ids(logits_RV: Tensor, k: int) -> Tensor:
+    """[R, k] ids of the k largest per row in any order; among equals at the border the lowest ids."""
+    vocab = logits_RV.shape[1]
+    threshold_R1 = logits_RV.topk(k, dim=1).values[:, -1:]
+    # Ranks without ties: above the threshold beats at the threshold, and a lower id beats a higher one.
+    rank_V = torch.arange(vocab, 0, -1, dtype=torch.int32, device=logits_RV.device)
+    above_RV = (logits_RV > threshold_R1).to(torch.int32)
+    rank_RV = rank_V * (logits_RV >= threshold_R1) + above_RV.mul_(vocab)
+    return rank_RV.topk(k, dim=1).indices
+
+
+def merge_topk(values_RN: Tensor, ids_RN: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The first k of N candidates by (value descending, id ascending).
+
+    Args:
+        values_RN: [R, N] with N >= k, e.g. the k winners of every shard side by side.
+        ids_RN: [R, N] int64, the candidates' ids.
+
+    Returns:
+        values [R, k] and ids [R, k].
+    """
+    ids_RN, order_RN = ids_RN.sort(dim=1)
+    values_RN = values_RN.gather(1, order_RN)
+    values_RN, order_RN = values_RN.sort(dim=1, descending=True, stable=True)
+    return values_RN[:, :k].contiguous(), ids_RN.gather(1, order_RN)[:, :k].contiguous()
+
+
+def vocab_topk(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest logits per row, their ids, and the row's log-sum-exp.
+
+    Args:
+        logits_RV: [R, V] float32 or float64.
+        k: >= 1; columns that do not exist (k > V) come back as -inf with id ``NO_ID``.
+
+    Returns:
+        values [R, k] descending, ids [R, k] int64, lse [R].
+    """
+    if k < 1:
+        raise ValueError(f"k: {k}; at least 1")
+    rows, vocab = logits_RV.shape
+    lse_R = logits_RV.logsumexp(1)
+    found = min(k, vocab)
+    values_RK = logits_RV.new_full((rows, k), -torch.inf)
+    ids_RK = torch.full((rows, k), NO_ID, dtype=torch.int64, device=logits_RV.device)
+    if found:
+        ids = _largest_ids(logits_RV, found)
+        values_RK[:, :found], ids_RK[:, :found] = merge_topk(logits_RV.gather(1, ids), ids, found)
+    return values_RK, ids_RK, lse_R
