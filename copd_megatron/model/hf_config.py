@@ -1,8 +1,8 @@
 """From a Hugging Face ``config.json`` to a BackboneSpec; what is not understood is refused by name.
 
-An option that this module does not know could change the forward, so it is an error rather than a guess. Values
-and defaults are read through transformers' own configuration classes, so that old and new spellings of the rotary
-options mean here what they mean there.
+An option that this module does not know could change the forward, so it is an error rather than a guess.
+Values and defaults are read through transformers' own configuration classes, so that old and new spellings of
+the rotary options mean here what they mean there.
 """
 from __future__ import annotations
 
@@ -30,25 +30,27 @@ ARCHITECTURES: dict[Family, str] = {
 
 _READ = frozenset({
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
-    "attention_bias", "mlp_bias", "rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
-    "use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "text_config", "vision_config",
-    "image_token_id", "video_token_id", "max_position_embeddings",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "rope_parameters", "rope_scaling", "rope_theta",
+    "partial_rotary_factor", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
+    "text_config", "vision_config", "image_token_id", "video_token_id", "max_position_embeddings",
 })
 """Options that the spec (or its checks) takes into account."""
 
 _NO_EFFECT = frozenset({
     "transformers_version", "dtype", "torch_dtype", "initializer_range", "use_cache", "attention_dropout",
-    "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "output_hidden_states", "output_attentions",
-    "return_dict", "id2label", "label2id", "num_labels", "problem_type", "vision_start_token_id",
-    "vision_end_token_id", "name_or_path", "chunk_size_feed_forward", "is_encoder_decoder",
+    "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "output_hidden_states",
+    "output_attentions", "return_dict", "id2label", "label2id", "num_labels", "problem_type",
+    "vision_start_token_id", "vision_end_token_id", "name_or_path", "chunk_size_feed_forward",
+    "is_encoder_decoder",
 })
 """Options that never change the logits of a frozen backbone in evaluation mode."""
 
 _ROPE_OPTIONS: dict[str, frozenset[str]] = {
     "default": frozenset(),
     "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor",
+                         "original_max_position_embeddings"}),
 }
 """Supported rotary scalings and the options each has besides theta."""
 
@@ -56,8 +58,8 @@ _ROPE_OPTIONS: dict[str, frozenset[str]] = {
 def read_spec(path: str | Path) -> BackboneSpec:
     """The spec of the backbone in directory ``path``; reads ``config.json`` only.
 
-    Raises UserError (``model.path: ...``) when the file is missing or broken, or names a family, rotary scaling or
-    option that is not supported.
+    Raises UserError (``model.path: ...``) when the file is missing or broken, or names a family, rotary
+    scaling or option that is not supported.
     """
     raw = read_json(Path(path) / "config.json")
     family = raw.get("model_type")
@@ -107,12 +109,13 @@ def load_hf_config(path: str | Path) -> PreTrainedConfig:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object read from ``file``; UserError when it is missing or not a JSON object."""
     if not file.is_file():
-        raise UserError(f"model.path: {file} does not exist; a backbone is a local Hugging Face directory with "
-                        "config.json, safetensors and a tokenizer; give the path of one")
+        raise UserError(f"model.path: {file} does not exist; a backbone is a local Hugging Face directory "
+                        "with config.json, safetensors and a tokenizer; give the path of one")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"model.path: {file} is not JSON ({error}); copy it anew from the model's source") from error
+        raise UserError(f"model.path: {file} is not JSON ({error}); a complete file is needed; copy it anew "
+                        "from the model's source") from error
     if not isinstance(content, dict):
         raise UserError(f"model.path: {file} holds {type(content).__name__}, not a JSON object; copy it anew")
     return content
@@ -135,7 +138,8 @@ def _check_options(path: str | Path, raw: dict[str, Any], prefix: str) -> None:
     for key, value in raw.items():
         if key in _READ or key in _NO_EFFECT or key.startswith("_") or value is None:
             continue
-        raise _refusal(path, f"option {prefix}{key} = {value!r:.60}", "it is unknown and may change the model")
+        raise _refusal(path, f"option {prefix}{key} = {value!r:.60}",
+                       "it is unknown and may change the model")
 
 
 def _check_values(path: str | Path, text: PreTrainedConfig) -> None:
@@ -165,7 +169,8 @@ def _rope_spec(path: str | Path, text: PreTrainedConfig, family: Family) -> Rope
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     if kind not in _ROPE_OPTIONS:
-        raise _refusal(path, f"rope scaling (rope_type) {kind!r}", f"supported are {', '.join(_ROPE_OPTIONS)}")
+        raise _refusal(path, f"rope scaling (rope_type) {kind!r}",
+                       f"supported are {', '.join(_ROPE_OPTIONS)}")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise _refusal(path, "partial_rotary_factor other than 1", "the whole head must be rotated")
     theta = float(rope.pop("rope_theta"))

@@ -1,9 +1,10 @@
 """Rotary angles of a backbone, in the form Megatron's attention applies them.
 
-Angle of frequency i at position p: p_d(i) * theta^(-2i / head_dim), with d(i) the row (temporal, height, width)
-that frequency i follows. Plain rotary follows row 0. Qwen3-VL (Bai et al. 2025, arXiv:2511.21631) interleaves the
-rows, T H W T H W ..., and leaves the highest indices to T. Everything is computed in float32 whatever the
-backbone's dtype, as transformers does; Megatron takes cos and sin and rounds them to the activations' dtype.
+Angle of frequency i at position p: p_d(i) * theta^(-2i / head_dim), with d(i) the row (temporal, height,
+width) that frequency i follows. Plain rotary follows row 0. Qwen3-VL (Bai et al. 2025, arXiv:2511.21631)
+interleaves the rows, T H W T H W ..., and leaves the highest indices to T. Everything is computed in float32
+whatever the backbone's dtype, as transformers does; Megatron takes cos and sin and rounds them to the
+activations' dtype.
 
 Shapes: T tokens, D = head_dim.
 """
@@ -36,8 +37,9 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int) -> torch.Tensor:
 
 
 def _llama3(plain: torch.Tensor, scaling: dict) -> torch.Tensor:
-    """Llama 3.1's scaling: long wavelengths are divided by the factor, short ones kept, the band between blended
-    linearly in context length / wavelength (Grattafiori et al. 2024, arXiv:2407.21783; bounds from the config)."""
+    """Llama 3.1's scaling: long wavelengths are divided by the factor, short ones kept, the band between
+    blended linearly in context length / wavelength (Grattafiori et al. 2024, arXiv:2407.21783; bounds from
+    the config)."""
     factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
     context = scaling["original_max_position_embeddings"]
     wavelength = 2 * math.pi / plain

@@ -1,8 +1,9 @@
 """Reading parts of tensors from a directory of safetensors files, single or sharded by an index.
 
-A safetensors file is 8 bytes of header length, a JSON header {name: dtype, shape, [begin, end]} and the data, in
-that order (https://huggingface.co/docs/safetensors). So every missing, truncated or inconsistent file is found from
-the headers and file sizes alone, before any weight is read, and a rank maps only the bytes of its own slices.
+A safetensors file is 8 bytes of header length, a JSON header {name: dtype, shape, [begin, end]} and the data,
+in that order (https://huggingface.co/docs/safetensors). So every missing, truncated or inconsistent file is
+found from the headers and file sizes alone, before any weight is read, and a rank maps only the bytes of its
+own slices.
 """
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ _HASH_SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies. Example: ``TensorEntry(Path(".../model.safetensors"), "BF16", (1024, 64), 0, 131072)``."""
+    """Where one tensor lies. Example: ``TensorEntry(Path(".../model.safetensors"), "BF16", (1024, 64), 0,
+    131072)``."""
 
     file: Path
     dtype: str
@@ -46,17 +48,19 @@ class TensorEntry:
 
 
 def check_files(path: str | Path) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint in directory ``path`` by name, after checking all headers and file sizes.
+    """Every tensor of the checkpoint in directory ``path`` by name, after checking all headers and file
+    sizes.
 
-    Reads headers only. Raises UserError naming the file (and the tensor, where one is affected) if a file is missing,
-    truncated or not safetensors, if the index and the files disagree, or if a weight is not a plain float.
+    Reads headers only. Raises UserError naming the file (and the tensor, where one is affected) if a file is
+    missing, truncated or not safetensors, if the index and the files disagree, or if a weight is not a plain
+    float.
     """
     path = Path(path)
     if (path / INDEX_FILE).is_file():
         return _check_sharded(path)
     if not (path / SINGLE_FILE).is_file():
-        raise UserError(f"model.path: {path} has neither {SINGLE_FILE} nor {INDEX_FILE}; weights must be safetensors; "
-                        "finish the download or convert the checkpoint")
+        raise UserError(f"model.path: {path} has neither {SINGLE_FILE} nor {INDEX_FILE}; weights must be "
+                        "safetensors; finish the download or convert the checkpoint")
     return _read_header(path / SINGLE_FILE)
 
 
@@ -73,7 +77,8 @@ def _check_sharded(path: Path) -> dict[str, TensorEntry]:
     entries = {}
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
-            raise _broken(path / file_name, f"tensor {name!r} is missing, although {INDEX_FILE} places it here")
+            raise _broken(path / file_name,
+                          f"tensor {name!r} is missing, although {INDEX_FILE} places it here")
         entries[name] = headers[file_name][name]
     return entries
 
@@ -91,7 +96,8 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         header = json.loads(raw_header)
         entries = {
-            name: TensorEntry(file, item["dtype"], tuple(map(int, item["shape"])), *map(int, item["data_offsets"]))
+            name: TensorEntry(file, item["dtype"], tuple(map(int, item["shape"])),
+                              *map(int, item["data_offsets"]))
             for name, item in header.items() if name != "__metadata__"
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -114,19 +120,19 @@ def _check_entry(name: str, entry: TensorEntry, data_bytes: int) -> None:
 
 
 def _broken(file: Path, reason: str) -> UserError:
-    return UserError(f"model.path: {file}: {reason}; a complete safetensors file is needed; download it again")
+    return UserError(f"model.path: {file}: {reason}; a complete safetensors file is needed; download it "
+                     "again")
 
 
 class SafetensorReader:
     """Slices of the tensors in one checkpoint directory. Files are memory-mapped on first use.
 
-    Use as a context manager; ``used`` collects the names that were read.
+    Use as a context manager: leaving it unmaps the files.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.entries = check_files(path)
-        self.used: set[str] = set()
         self._handles: dict[Path, safe_open] = {}
 
     def __enter__(self) -> SafetensorReader:
@@ -155,22 +161,22 @@ class SafetensorReader:
             raise _broken(entry.file, f"tensor {name!r} cannot be read ({error})") from error
         if not bool(torch.isfinite(tensor).all()):
             raise _broken(entry.file, f"tensor {name!r} holds NaN or infinity")
-        self.used.add(name)
         return tensor
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
-            raise UserError(f"model.path: {self.path}: tensor {name!r} is missing from its safetensors files; the "
-                            "family in config.json needs it; check that config and weights belong together")
+            raise UserError(f"model.path: {self.path}: tensor {name!r} is missing from its safetensors "
+                            "files; the family in config.json needs it; check that config and weights "
+                            "belong together")
         return self.entries[name]
 
 
 def content_hash(path: str | Path) -> str:
     """SHA-256 (hex) that names the backbone in ``path`` at the cost of a few small reads.
 
-    Covers ``config.json``, the index, and of every weight file its name, size, header and 64 evenly spaced samples of
-    4 KiB. Training changes nearly every weight, so another checkpoint of the same shape gets another hash; a change
-    confined to bytes between the samples goes unseen.
+    Covers ``config.json``, the index, and of every weight file its name, size, header and 64 evenly spaced
+    samples of 4 KiB. Training changes nearly every weight, so another checkpoint of the same shape gets
+    another hash; a change confined to bytes between the samples goes unseen.
     """
     path = Path(path)
     digest = hashlib.sha256()

@@ -1,8 +1,8 @@
 """The shape of a frozen backbone, independent of the file format it came from.
 
 Every supported family is one stack: token embedding, ``num_layers`` pre-norm blocks (RMSNorm, grouped-query
-attention with rotary positions, RMSNorm, SwiGLU), a final RMSNorm and a head over the vocabulary. What differs
-between families is stated here as data, so that no other module asks for a family's name.
+attention with rotary positions, RMSNorm, SwiGLU), a final RMSNorm and a head over the vocabulary. What
+differs between families is stated here as data, so that no other module asks for a family's name.
 """
 from __future__ import annotations
 
@@ -24,19 +24,20 @@ class RopeSpec:
     theta: float
     """Base of the inverse frequencies theta^(-2i / head_dim)."""
     scaling: dict[str, Any] | None = field(default=None, hash=False)
-    """None for plain rotary; else {"rope_type": "linear", "factor": f} or {"rope_type": "llama3", "factor": f,
-    "low_freq_factor": l, "high_freq_factor": h, "original_max_position_embeddings": n}."""
+    """None for plain rotary; else {"rope_type": "linear", "factor": f} or {"rope_type": "llama3", "factor":
+    f, "low_freq_factor": l, "high_freq_factor": h, "original_max_position_embeddings": n}."""
     mrope_section: tuple[int, int, int] | None = None
-    """How many of the head_dim / 2 frequencies turn with the temporal, height and width position. When set, the
-    sections are interleaved (T H W T H W ... T T) as in Qwen3-VL; None turns all with the temporal position."""
+    """How many of the head_dim / 2 frequencies turn with the temporal, height and width position. When set,
+    the sections are interleaved (T H W T H W ... T T) as in Qwen3-VL; None turns all with the temporal
+    position."""
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
     """Everything that the backbone is built from.
 
-    Example: Qwen3-VL-4B has 36 layers of 2560, 32 query heads on 8 key/value heads of 128, SwiGLU 9728, a tied
-    head over 151936 tokens, and visual features added after layers 0, 1 and 2.
+    Example: Qwen3-VL-4B has 36 layers of 2560, 32 query heads on 8 key/value heads of 128, SwiGLU 9728, a
+    tied head over 151936 tokens, and visual features added after layers 0, 1 and 2.
     """
 
     family: Family
@@ -82,8 +83,8 @@ class BackboneSpec:
             if size % tp:
                 raise UserError(
                     f"parallel.tensor: {tp} does not divide the backbone's {size} {what}; allowed are "
-                    f"common divisors of {self.num_heads} query heads, {self.num_kv_heads} key/value heads and "
-                    f"{self.ffn_hidden_size} feed-forward rows; choose one of them")
+                    f"common divisors of {self.num_heads} query heads, {self.num_kv_heads} key/value heads "
+                    f"and {self.ffn_hidden_size} feed-forward rows; choose one of them")
         if not 1 <= pp <= self.num_layers:
             raise UserError(
                 f"parallel.pipeline: {pp} stages for the backbone's {self.num_layers} layers; allowed is "

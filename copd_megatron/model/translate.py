@@ -1,10 +1,11 @@
 """From Hugging Face weight names to this rank's parameters of the backbone.
 
-A parameter here is the concatenation, along rows, of slices of Hugging Face tensors. Megatron's fused layouts and
+A parameter here is the concatenation, along rows, of slices of Hugging Face tensors. Megatron's fused layouts
+and
 tensor-parallel shards (TP) are nothing but the choice of these slices:
 
-* ``linear_qkv``: for each key/value group of the rank [its query heads | its key head | its value head]; groups are
-  split over TP in contiguous blocks.
+* ``linear_qkv``: for each key/value group of the rank [its query heads | its key head | its value head];
+  groups are split over TP in contiguous blocks.
 * ``linear_fc1``: [this rank's rows of gate | the same rows of up].
 * ``linear_proj``, ``linear_fc2``: this rank's columns; their biases are whole on every rank.
 * embedding and head: this rank's rows of the vocabulary padded with zeros to a multiple of TP.
@@ -60,9 +61,12 @@ def expected_shapes(spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
     if not spec.tied_head:
         shapes[HEAD_NAME] = (spec.vocab_size, hidden)
     linears = {
-        "self_attn.q_proj": (q_rows, hidden, spec.qkv_bias), "self_attn.k_proj": (kv_rows, hidden, spec.qkv_bias),
-        "self_attn.v_proj": (kv_rows, hidden, spec.qkv_bias), "self_attn.o_proj": (hidden, q_rows, spec.o_bias),
-        "mlp.gate_proj": (ffn, hidden, spec.mlp_bias), "mlp.up_proj": (ffn, hidden, spec.mlp_bias),
+        "self_attn.q_proj": (q_rows, hidden, spec.qkv_bias),
+        "self_attn.k_proj": (kv_rows, hidden, spec.qkv_bias),
+        "self_attn.v_proj": (kv_rows, hidden, spec.qkv_bias),
+        "self_attn.o_proj": (hidden, q_rows, spec.o_bias),
+        "mlp.gate_proj": (ffn, hidden, spec.mlp_bias),
+        "mlp.up_proj": (ffn, hidden, spec.mlp_bias),
         "mlp.down_proj": (hidden, ffn, spec.mlp_bias),
     }
     norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
@@ -89,13 +93,14 @@ def check_tensors(spec: BackboneSpec, reader: SafetensorReader) -> None:
     for name, shape in expected.items():
         if reader.shape(name) != shape:
             raise UserError(f"model.path: {reader.entries[name].file}: tensor {name!r} has shape "
-                            f"{list(reader.shape(name))}, config.json asks for {list(shape)}; weights and config "
-                            "must belong together; copy both anew")
+                            f"{list(reader.shape(name))}, config.json asks for {list(shape)}; weights and "
+                            "config must belong together; copy both anew")
     for name, entry in reader.entries.items():
         vision = spec.is_visual and name.startswith(VISION_PREFIX)
         if name not in expected and not vision and not name.endswith(_NOT_WEIGHTS):
-            raise UserError(f"model.path: {entry.file}: tensor {name!r} is unknown; a {spec.family} backbone with "
-                            "this config.json has none of that name; use a plain checkpoint of the family")
+            raise UserError(f"model.path: {entry.file}: tensor {name!r} is unknown; a {spec.family} backbone "
+                            "with this config.json has none of that name; use a plain checkpoint of the "
+                            "family")
 
 
 def check_backbone(path: str | Path) -> BackboneSpec:
@@ -110,7 +115,8 @@ def check_backbone(path: str | Path) -> BackboneSpec:
 
 
 def layer_pieces(spec: BackboneSpec, layer: int, tp_rank: int, tp: int) -> dict[str, list[Piece]]:
-    """Pieces of every parameter of TransformerLayer ``layer`` (global index) on one TP rank, by parameter name."""
+    """Pieces of every parameter of TransformerLayer ``layer`` (global index) on one TP rank, by parameter
+    name."""
     spec.check_parallel(tp, 1)
     prefix = f"{TEXT_PREFIX[spec.family]}layers.{layer}."
     ffn = _shard(spec.ffn_hidden_size, tp_rank, tp)
@@ -132,7 +138,8 @@ def layer_pieces(spec: BackboneSpec, layer: int, tp_rank: int, tp: int) -> dict[
     if spec.o_bias:
         pieces["self_attention.linear_proj.bias"] = [Piece(f"{prefix}self_attn.o_proj.bias")]
     if spec.mlp_bias:
-        pieces["mlp.linear_fc1.bias"] = [Piece(f"{prefix}mlp.{name}_proj.bias", ffn) for name in ("gate", "up")]
+        pieces["mlp.linear_fc1.bias"] = [Piece(f"{prefix}mlp.{name}_proj.bias", ffn)
+                                         for name in ("gate", "up")]
         pieces["mlp.linear_fc2.bias"] = [Piece(f"{prefix}mlp.down_proj.bias")]
     return pieces
 
@@ -154,3 +161,87 @@ def _qkv_pieces(spec: BackboneSpec, prefix: str, kind: str, tp_rank: int, tp: in
     for group in range(groups.start, groups.stop):
         for name, size in (("q", queries), ("k", spec.head_dim), ("v", spec.head_dim)):
             yield Piece(f"{prefix}self_attn.{name}_proj.{kind}", slice(group * size, (group + 1) * size))
+
+
+def load_backbone_weights(backbone: Backbone, path: str | Path) -> None:
+    """Fill this rank's parameters in place from the checkpoint in ``path``, converting to the backbone's
+    dtype.
+
+    Each rank reads only its own slices. Every parameter outside the adapter bank must be named by the
+    translation and no tensor of the checkpoint may be unknown, so nothing stays uninitialised and nothing is
+    left out unnoticed.
+
+    Raises:
+        UserError: a file or tensor is missing, truncated, corrupt, misshapen or unknown; the message names
+            it.
+        ValueError: the backbone has a parameter that the translation does not name, or the reverse.
+    """
+    spec = backbone.spec
+    parameters = _frozen_parameters(backbone)
+    pieces = _stage_pieces(backbone)
+    if parameters.keys() != pieces.keys():
+        both = sorted(parameters.keys() ^ pieces.keys())
+        raise ValueError(f"backbone and translation disagree about {both}")
+    with SafetensorReader(path) as reader:
+        check_tensors(spec, reader)
+        for name, parameter in parameters.items():
+            _fill(parameter, pieces[name], reader, padded=name in _TABLES)
+        if spec.tied_head and HEAD_NAME in reader.entries:
+            _check_tied(backbone, reader)
+
+
+_TABLES = ("embedding.weight", "output_weight")
+"""Parameters with one row for each token of the padded vocabulary."""
+
+
+def _frozen_parameters(backbone: Backbone) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in backbone.named_parameters()
+            if not name.startswith("bank.")}
+
+
+def _stage_pieces(backbone: Backbone) -> dict[str, list[Piece]]:
+    """Pieces of every frozen parameter of this rank's stage, by the backbone's parameter names."""
+    spec, groups = backbone.spec, backbone.groups
+    tp_rank, tp = groups.coords.tp, groups.layout.tp
+    prefix = TEXT_PREFIX[spec.family]
+    table = vocabulary_piece(spec, f"{prefix}embed_tokens.weight", tp_rank, tp)
+    pieces: dict[str, list[Piece]] = {}
+    if groups.is_first_stage:
+        pieces["embedding.weight"] = [table]
+    for position, layer in enumerate(backbone.layer_range):
+        for name, parts in layer_pieces(spec, layer, tp_rank, tp).items():
+            pieces[f"layers.{position}.{name}"] = parts
+    if groups.is_last_stage:
+        pieces["final_norm.weight"] = [Piece(f"{prefix}norm.weight")]
+        if not spec.tied_head:
+            pieces["output_weight"] = [vocabulary_piece(spec, HEAD_NAME, tp_rank, tp)]
+        elif not groups.is_first_stage:
+            pieces["output_weight"] = [table]
+    return pieces
+
+
+@torch.no_grad()
+def _fill(parameter: torch.nn.Parameter, pieces: list[Piece], reader: SafetensorReader, padded: bool) -> None:
+    """Copy the pieces below each other into ``parameter``; only a padded table may have rows left, which
+    become 0."""
+    row = 0
+    for piece in pieces:
+        values = reader.read(piece.name, piece.rows, piece.cols)
+        parameter[row : row + len(values)].copy_(values)
+        row += len(values)
+    if row != len(parameter) and not padded:
+        raise ValueError(f"{[piece.name for piece in pieces]} give {row} rows for {len(parameter)}")
+    parameter[row:] = 0
+
+
+def _check_tied(backbone: Backbone, reader: SafetensorReader) -> None:
+    """A checkpoint may repeat a tied head, but then it must be the embedding."""
+    if not backbone.groups.is_last_stage:
+        return
+    spec, groups = backbone.spec, backbone.groups
+    names = (HEAD_NAME, f"{TEXT_PREFIX[spec.family]}embed_tokens.weight")
+    head, table = (vocabulary_piece(spec, name, groups.coords.tp, groups.layout.tp) for name in names)
+    if not torch.equal(reader.read(head.name, head.rows), reader.read(table.name, table.rows)):
+        raise UserError(f"model.path: {reader.path}: config.json ties the head to the embedding, but "
+                        f"{HEAD_NAME!r} differs from it; set tie_word_embeddings to false there or drop the "
+                        "tensor")

@@ -1,0 +1,269 @@
+"""From a task's question to the tokens, positions and patches that the model sees.
+
+Tokenizer, chat template and processors are those of the backbone's directory, used as transformers uses them,
+so that a prompt here is the prompt that the exported model meets elsewhere. Positions of visual tokens come
+from ``Qwen3VLModel.get_rope_index`` itself.
+
+Shapes: P prompt tokens.
+"""
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, Qwen3VLModel
+from transformers.video_utils import VideoMetadata
+
+from copd_megatron.model.hf_config import load_hf_config, read_json, read_spec
+from copd_megatron.types import Media, Prompt, TaskItem, UserError, VisualInputs
+
+
+class PromptEncoder:
+    """Turns questions into prompts for the backbone in one directory, and token ids back into text.
+
+    Example: ``PromptEncoder("backbones/tiny").encode(item, domain="image")``.
+    """
+
+    def __init__(self, path: str | Path, template_args: dict[str, Any] | None = None) -> None:
+        """Load tokenizer, chat template and, for visual backbones, the processor; no weights.
+
+        Args:
+            template_args: extra variables of the chat template, e.g. {"enable_thinking": False}.
+
+        Raises:
+            UserError: a file is missing or broken, there is no chat template or stop token, or the tokenizer
+                has ids that the backbone has not.
+        """
+        self.path, self.spec = Path(path), read_spec(path)
+        self._template_args = template_args or {}
+        self._processor = self._load(AutoProcessor) if self.spec.is_visual else None
+        self.tokenizer = self._processor.tokenizer if self.spec.is_visual else self._load(AutoTokenizer)
+        self._template = getattr(self._processor, "chat_template", None) or self.tokenizer.chat_template
+        if not self._template:
+            raise UserError(f"model.path: {path} has no chat template; prompts are rendered by it; add the "
+                            "chat_template.jinja of the model")
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= self.spec.vocab_size:
+            raise UserError(f"model.path: {path}: the tokenizer has id {largest}, the backbone "
+                            f"{self.spec.vocab_size} tokens; they must belong together; copy the tokenizer "
+                            "anew")
+        self.stop_token_ids: tuple[int, ...] = self._find_stop_tokens()
+        self.header_token_ids: tuple[int, ...] = self._find_header()
+        if self.spec.is_visual:
+            self._media = _MediaReader(self._processor, load_hf_config(path))
+
+    def encode(self, item: TaskItem, domain: str) -> Prompt:
+        """The prompt of a question, generation header included.
+
+        Raises UserError naming ``item.key`` if its media do not fit its messages, the backbone cannot see, or
+        a picture cannot be processed.
+        """
+        text = self._render(self._messages(item), header=True)
+        visual = None
+        if self.spec.is_visual:
+            text, visual = self._media.expand(item, text)
+        elif item.media:
+            raise _unusable(item, f"it has media, but family {self.spec.family} reads text only",
+                            "use a qwen3_vl backbone or a task without media")
+        token_ids = np.asarray(self.tokenize(text), np.int64)
+        header = len(self.header_token_ids)
+        if header and tuple(token_ids[-header:]) != self.header_token_ids:
+            raise _unusable(item, "its rendered messages do not end with the generation header",
+                            "end the messages with a user turn")
+        positions, visual_index = self._positions(token_ids, visual)
+        return Prompt(
+            key=item.key, domain=domain, token_ids=token_ids, position_ids=positions,
+            next_position=int(positions.max()) + 1, visual=visual, visual_index=visual_index,
+            header_tokens=header, content_hash=content_hash(token_ids, visual), item=item)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of rendered text, special tokens parsed and none added (for an environment's turns)."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids."""
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens,
+                                     clean_up_tokenization_spaces=False)
+
+    def token_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's own text, special tokens included (for coloured views); parts of a character show as
+        U+FFFD."""
+        return [self.decode([token], skip_special_tokens=False) for token in token_ids]
+
+    @property
+    def invocation_token_ids(self) -> tuple[int, ...]:
+        """The generation header, at least one token; UserError if the chat template has none.
+
+        Scope "completion" adapts from these tokens on, so it needs them.
+        """
+        if not self.header_token_ids:
+            raise UserError(f"adapter.scope: completion, but the chat template in {self.path} ends prompts "
+                            "with no generation header of its own; scope completion "
+                            "starts there; use adapter.scope=sequence")
+        return self.header_token_ids
+
+    def _load(self, auto: type) -> Any:
+        try:
+            return auto.from_pretrained(self.path, local_files_only=True)
+        except Exception as error:  # transformers raises many kinds for missing and broken files
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            what = "processor" if auto is AutoProcessor else "tokenizer"
+            raise UserError(f"model.path: {self.path}: its {what} cannot be loaded ({reason}); a backbone "
+                            f"directory holds the {what} files of its model; copy them there") from error
+
+    def _find_stop_tokens(self) -> tuple[int, ...]:
+        """End-of-sequence ids of the generation config and of the tokenizer."""
+        file = self.path / "generation_config.json"
+        given = read_json(file).get("eos_token_id") if file.is_file() else None
+        ids = {*(given if isinstance(given, list) else [given]), self.tokenizer.eos_token_id} - {None}
+        if not ids:
+            raise UserError(f"model.path: {self.path} names no stop token; generation_config.json or the "
+                            "tokenizer must have an end-of-sequence token; add eos_token_id")
+        return tuple(sorted(ids))
+
+    def _find_header(self) -> tuple[int, ...]:
+        """What the template appends to ask for an answer, as ids; empty if it has no tokens of its own."""
+        probe = [{"role": "user", "content": "?"}]
+        without, with_header = (self.tokenize(self._render(probe, header)) for header in (False, True))
+        return tuple(with_header[len(without):]) if with_header[: len(without)] == without else ()
+
+    def _render(self, messages: list[dict[str, Any]], header: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self._template, tokenize=False, add_generation_prompt=header,
+            **self._template_args)
+
+    def _messages(self, item: TaskItem) -> list[dict[str, Any]]:
+        """The item's messages; pure text parts are joined for families whose templates take strings only."""
+        if self.spec.is_visual:
+            return item.messages
+        return [{**message, "content": _join_text(message["content"])} for message in item.messages]
+
+    def _positions(self, token_ids: np.ndarray, visual: VisualInputs | None) -> tuple[np.ndarray, np.ndarray]:
+        """Position ids [3, P] and the indices of visual tokens."""
+        if visual is None:
+            return np.tile(np.arange(len(token_ids)), (3, 1)), np.zeros(0, np.int64)
+        kinds = (token_ids == self.spec.image_token_id) + 2 * (token_ids == self.spec.video_token_id)
+        return self._media.positions(token_ids, kinds, visual), np.flatnonzero(kinds)
+
+
+def content_hash(token_ids: np.ndarray, visual: VisualInputs | None) -> str:
+    """SHA-256 (hex) over token ids and, with their shapes, the patches the vision tower reads."""
+    digest = hashlib.sha256(token_ids.tobytes())
+    if visual is not None:
+        for array in (visual.image_grids, visual.image_patches, visual.video_grids, visual.video_patches):
+            digest.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+class _RopeIndex(Qwen3VLModel):
+    """Only the position arithmetic of the transformers model: it has a configuration and no weights."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+
+
+@dataclass
+class _Processed:
+    """One kind of media after its processor."""
+
+    patches: np.ndarray
+    grids: np.ndarray
+    placeholders: list[str]
+    """What replaces the template's placeholder of each image or video."""
+
+
+class _MediaReader:
+    """Patches, expanded placeholders and positions of images and videos.
+
+    Calls the parts of the transformers processor one by one; its ``__call__`` does the same with ten times
+    the overhead for a small picture.
+    """
+
+    def __init__(self, processor: Any, config: PretrainedConfig) -> None:
+        self.processor = processor
+        self.rope_index = _RopeIndex(config)
+        self.merged_patches = config.vision_config.spatial_merge_size ** 2
+        tokens = {"image": processor.image_token, "video": processor.video_token}
+        self.kind_of = {token: kind for kind, token in tokens.items()}
+        self.placeholder = re.compile("|".join(map(re.escape, self.kind_of)))
+
+    def expand(self, item: TaskItem, text: str) -> tuple[str, VisualInputs | None]:
+        """Rendered text with one placeholder token per visual feature, and the patches; None without
+        media."""
+        order = tuple(media.kind for media in item.media)
+        shown = tuple(self.kind_of[token] for token in self.placeholder.findall(text))
+        if shown != order:
+            raise _unusable(item, f"its messages show {list(shown)} but its media are {list(order)}",
+                            "give one medium for each image or video part, in the same order")
+        if not order:
+            return text, None
+        images = self._images(item) if "image" in order else None
+        videos = self._videos(item) if "video" in order else None
+        [text], _ = self.processor.get_text_with_replacements(
+            [text], images.placeholders if images else [], videos.placeholders if videos else [])
+        return text, VisualInputs(
+            images.patches if images else None, images.grids if images else None,
+            videos.patches if videos else None, videos.grids if videos else None, order)
+
+    def positions(self, token_ids: np.ndarray, kinds: np.ndarray, visual: VisualInputs) -> np.ndarray:
+        """Position ids [3, P]; ``kinds`` is 1 at image tokens, 2 at video tokens, else 0."""
+        grids = {"image_grid_thw": visual.image_grids, "video_grid_thw": visual.video_grids}
+        positions, _ = self.rope_index.get_rope_index(
+            torch.from_numpy(token_ids)[None], torch.from_numpy(kinds)[None],
+            **{name: torch.from_numpy(grid) for name, grid in grids.items() if grid is not None})
+        return positions[:, 0].numpy()
+
+    def _images(self, item: TaskItem) -> _Processed:
+        pictures = [_pixels(item, media, 3) for media in item.media if media.kind == "image"]
+        try:
+            out = self.processor.image_processor(images=pictures, input_data_format="channels_first",
+                                                 return_tensors="pt")
+        except ValueError as error:
+            raise _unusable(item, f"an image cannot be processed ({error})", "mend or drop it") from error
+        texts = [self.processor.replace_image_token(out, index) for index in range(len(pictures))]
+        return _Processed(out["pixel_values"].float().numpy(), out["image_grid_thw"].long().numpy(), texts)
+
+    def _videos(self, item: TaskItem) -> _Processed:
+        videos = [media for media in item.media if media.kind == "video"]
+        frames = [_pixels(item, media, 4) for media in videos]
+        about = [VideoMetadata(total_num_frames=len(pixels), fps=media.fps,
+                               frames_indices=list(range(len(pixels))))
+                 for pixels, media in zip(frames, videos)]
+        try:
+            out = self.processor.video_processor(
+                videos=frames, video_metadata=about, do_sample_frames=False, return_metadata=True,
+                input_data_format="channels_first", return_tensors="pt")
+        except ValueError as error:
+            raise _unusable(item, f"a video cannot be processed ({error})", "mend or drop it") from error
+        texts = [self.processor.replace_video_token(out, index) for index in range(len(videos))]
+        patches, grids = out["pixel_values_videos"], out["video_grid_thw"]
+        return _Processed(patches.float().numpy(), grids.long().numpy(), texts)
+
+
+def _pixels(item: TaskItem, media: Media, dims: int) -> torch.Tensor:
+    """uint8 [3, H, W] or [frames, 3, H, W] of checked pixels."""
+    pixels = media.pixels
+    if pixels.dtype != np.uint8 or pixels.ndim != dims or pixels.shape[-1] != 3 or not pixels.size:
+        wanted = "[height, width, 3]" if dims == 3 else "[frames, height, width, 3]"
+        raise _unusable(item, f"its {media.kind} is {pixels.dtype} {list(pixels.shape)}",
+                        f"pixels are uint8 {wanted}")
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, -3)))
+
+
+def _join_text(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)
+
+
+def _unusable(item: TaskItem, what: str, remedy: str) -> UserError:
+    return UserError(f"tasks: question {item.key!r}: {what}; messages and media must fit each other and the "
+                     f"backbone; {remedy}")
