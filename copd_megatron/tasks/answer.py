@@ -49,11 +49,11 @@ def extract_answer(completion: str) -> Answer | None:
     if not isinstance(completion, str):
         return None
     text = completion[-MAX_COMPLETION_CHARS:].rpartition("</think>")[2]
-    announced = None
-    for announced in _ANNOUNCED.finditer(text):
-        pass
-    if (marked := _last_boxed(text)) is None and (marked := _last_tagged(text)) is None and announced:
-        marked = announced[1] or announced[2]
+    marked = _last_boxed(text)
+    if marked is None:
+        marked = _last_tagged(text)
+    if marked is None and (announced := _ANNOUNCED.findall(text)):
+        marked = "".join(announced[-1])  # one of the two forms, the other is empty
     found = _strip_wrappers(text.rstrip().rpartition("\n")[2] if marked is None else marked)
     if not found or len(found) > MAX_ANSWER_CHARS:
         return None

@@ -73,8 +73,8 @@ class _Worker:
 def _start() -> subprocess.Popen[bytes]:
     # -P: the script's own folder stays off sys.path, where our module names could shadow others.
     command = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               bufsize=0)
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, bufsize=0)
     try:
         hello = json.loads(_read_line(process, START_LIMIT_S))
     except (TimeoutError, EOFError) as error:
