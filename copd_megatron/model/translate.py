@@ -195,8 +195,10 @@ _TABLES = ("embedding.weight", "output_weight")
 
 
 def _frozen_parameters(backbone: Backbone) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in backbone.named_parameters()
-            if not name.startswith("bank.")}
+    """Parameters outside the adapter bank by name; a head that is the embedding itself goes by that name only."""
+    tied = backbone.spec.tied_head and backbone.groups.is_first_stage
+    return {name: parameter for name, parameter in backbone.named_parameters(remove_duplicate=False)
+            if not name.startswith("bank.") and not (tied and name == "output_weight")}
 
 
 def _stage_pieces(backbone: Backbone) -> dict[str, list[Piece]]:
