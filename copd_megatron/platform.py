@@ -2,8 +2,8 @@
 
 Megatron-Core 0.19 is written for CUDA: it asks CUDA for the current device, for generators and for streams.
 All its arithmetic is plain torch, so on a machine without CUDA those questions are answered with the
-CPU: tensors land in host memory, the CPU generator is the generator, streams and events have nothing to order.
-Where CUDA exists nothing is patched.
+CPU: tensors land in host memory, the CPU generator is the generator, streams and events have nothing to
+order. Where CUDA exists nothing is patched.
 
 Importing this module is enough; it may come before or after Megatron-Core, but before any of it runs.
 """
@@ -18,11 +18,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
-FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn",
-             "randint", "randperm", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye",
+             "rand", "randn", "randint", "randperm",
+             "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Functions of ``torch`` that take ``device=``; Megatron calls several of them with ``device="cuda"``."""
 
 
@@ -39,7 +41,7 @@ def default_backend() -> Literal["gloo", "nccl"]:
 
 
 def setup_platform() -> None:
-    """Make Megatron-Core usable on this machine; safe to call more than once (it runs when this module is imported)."""
+    """Make Megatron-Core usable on this machine. Runs when this module is imported; more calls do nothing."""
     _silence_notices()
     if torch.cuda.is_available() or getattr(torch.cuda, "_copd_answers_with_cpu", False):
         return
@@ -54,13 +56,10 @@ def setup_platform() -> None:
 def _silence_notices() -> None:
     """Drop notices that are true of every run here and ask nothing of the user.
 
-    The project decides itself which optional parts run and reports that once, so Megatron's own fallback
-    notices only repeat it. The RNG notice fires on every tracked region when the CPU generator plays the CUDA one.
+    Which optional parts run is decided and reported elsewhere, so Megatron's fallback notices only repeat it.
+    The RNG notice fires on every tracked region when the CPU's generator plays the CUDA one.
     """
-    for message in (r"(Transformer Engine and )?Apex (is|are) not installed", r"Transformer Engine and Apex are not",
-                    r".*torch\.distributed\._all_gather_base is a private function",
-                    r".*torch\.distributed\._reduce_scatter_base is a private function"):
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
     _drop_records("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context")
     _drop_records("torch.utils.cpp_extension", "No CUDA runtime is found")
 
@@ -76,14 +75,19 @@ def _drop_records(logger_name: str, beginning: str) -> None:
 
 
 def _answer_device_questions() -> None:
-    """``torch.cuda.current_device()`` is passed on as ``device=`` throughout Megatron, so a torch.device answers it."""
+    """Megatron passes ``torch.cuda.current_device()`` on as ``device=``, so a torch.device is an answer."""
     torch.cuda.current_device = lambda: CPU
     torch.cuda.synchronize = lambda device=None: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _send_factories_to_cpu() -> None:
-    """Pipeline schedules, optimizers and checkpoints create small tensors with the literal ``device="cuda"``."""
+    """Schedules, optimizers and checkpoints create small tensors with the literal ``device="cuda"``.
+
+    ``with torch.device(...)`` compares with the functions it lists at its first use; it must list the originals,
+    or models that transformers builds on "meta" come out with uninitialised buffers.
+    """
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _without_cuda(getattr(torch, name)))
 
@@ -109,8 +113,8 @@ class _OneGenerator:
 def _answer_generator_questions() -> None:
     """Megatron's RNG tracker and activation checkpointing save and restore the CUDA generator's state.
 
-    ``_lazy_call`` would queue the restore until CUDA starts, that is forever; it runs at once instead. Megatron
-    copies that name when it is imported, so the copy is replaced too where it exists already.
+    ``_lazy_call`` would queue the restore until CUDA starts, that is forever; it runs at once instead.
+    Megatron copies that name when it is imported, so the copy is replaced too where it exists already.
     """
     def get_state(device: object = "cuda") -> torch.Tensor:
         return torch.get_rng_state()
@@ -176,7 +180,7 @@ class _Stream:
 
 
 def _make_streams_trivial() -> None:
-    """Gradient buffers, MoE dispatch and asynchronous checkpoints order their work with streams and events."""
+    """Gradient buffers, MoE dispatch and asynchronous checkpoints order work with streams and events."""
     only = _Stream()
     torch.cuda.Stream = _Stream
     torch.cuda.Event = _Event
@@ -187,7 +191,7 @@ def _make_streams_trivial() -> None:
 
 
 def _name_tensor_types_for_megatron() -> None:
-    """Megatron's optimizers and gradient clipping compare ``tensor.type()`` with names like "torch.cuda.FloatTensor".
+    """Megatron's optimizers compare ``tensor.type()`` with names like "torch.cuda.FloatTensor".
 
     Only callers inside Megatron get the CUDA name; everybody else gets the truth.
     """
