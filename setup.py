@@ -1,11 +1,14 @@
 """Packaging: the trainer ``copd_megatron``, its kernels ``copd_kernels``, and the command ``copd``."""
+
 import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "copd_megatron/__init__.py").read_text(), re.MULTILINE)[1]
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "copd_megatron/__init__.py").read_text(), re.MULTILINE
+)[1]
 
 TRAINER = find_packages(include=["copd_megatron", "copd_megatron.*"])
 KERNELS = find_packages("kernels", include=["copd_kernels", "copd_kernels.*"])
@@ -34,17 +37,24 @@ EXTRAS = {
     # Older wheels install where glibc is older than 2.39 and then break megatron-core's checkpointing.
     "resiliency": ["nvidia-resiliency-ext>=0.6"],
     "wandb": ["wandb>=0.20"],
-    "test": ["pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.120", "ruff>=0.12", "setuptools>=77", "wheel>=0.45"],
+    "test": [
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.120",
+        "ruff>=0.12",
+        "setuptools>=77",
+        "wheel>=0.45",
+    ],
     "bench": ["psutil>=6"],
 }
 
 setup(
     name="copd-megatron",
     version=VERSION,
-    description="Co-evolving policy distillation on Megatron-Core: experts on one frozen backbone teach each other",
+    description="Co-evolving policy distillation on Megatron-Core: experts on one backbone teach each other",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires="~=3.12",
     packages=TRAINER + KERNELS,

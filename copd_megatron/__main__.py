@@ -1,4 +1,5 @@
-"""``python -m copd_megatron``, the same as ``copd``; the form torchrun wants: ``torchrun ... -m copd_megatron train``."""
+"""``python -m copd_megatron``: the same as ``copd``, in the form that torchrun wants."""
+
 import sys
 
 from copd_megatron.launch.cli import main

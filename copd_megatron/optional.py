@@ -2,10 +2,13 @@
 
 Decided from files, without importing them, because importing the wrong one is what does harm:
 
-* PyPI's ``apex`` is a web toolkit; Megatron-Core takes anything of that name for NVIDIA's and then asks for fused norms
-  that do not exist. NVIDIA's own, built without its CUDA extensions, is chosen for its FusedAdam, which then raises.
-* Transformer Engine raises RuntimeError at import where its CUDA libraries are absent; Megatron-Core expects ImportError.
+* PyPI's ``apex`` is a web toolkit; Megatron-Core takes anything of that name for NVIDIA's and then asks for
+  fused norms that do not exist. NVIDIA's own, built without its CUDA extensions, is chosen for its FusedAdam,
+  which then raises.
+* Transformer Engine raises RuntimeError at import where its CUDA libraries are absent; Megatron-Core expects
+  ImportError.
 """
+
 from __future__ import annotations
 
 from importlib.util import find_spec
@@ -28,7 +31,7 @@ def apex_capabilities() -> tuple[str, ...]:
 
 
 def apex_problem() -> str | None:
-    """Why the importable package ``apex`` must not be there, with what to do; None if there is none or it is sound."""
+    """Why an importable ``apex`` must not be there, and what to do; None if it is sound or absent."""
     spec = find_spec("apex")
     if spec is None:
         return None
@@ -36,16 +39,18 @@ def apex_problem() -> str | None:
     if not any((folder / "multi_tensor_apply/__init__.py").is_file() for folder in folders):
         return "this apex is not NVIDIA's; pip uninstall apex"
     if find_spec(APEX_EXTENSIONS["fused Adam"]) is None:
-        return ("NVIDIA Apex without its CUDA extensions; rebuild it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, "
-                "or pip uninstall apex")
+        return (
+            "NVIDIA Apex without its CUDA extensions; rebuild it with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, "
+            "or pip uninstall apex"
+        )
     return None
 
 
 def transformer_engine_problem(cuda_available: bool) -> str | None:
-    """Why an installed Transformer Engine must not be there, with what to do; None if there is none or it can run."""
+    """Why Transformer Engine must not be there, and what to do; None if it can run or is absent."""
     if cuda_available or find_spec("transformer_engine") is None:
         return None
-    return "Transformer Engine without a CUDA device; pip uninstall transformer-engine, or run where there is a GPU"
+    return "Transformer Engine without a CUDA device; pip uninstall transformer-engine, or use a GPU"
 
 
 def refuse_harmful_parts(cuda_available: bool) -> None:
@@ -54,7 +59,9 @@ def refuse_harmful_parts(cuda_available: bool) -> None:
     Raises:
         UserError: a foreign or incomplete Apex, or Transformer Engine without CUDA.
     """
-    from copd_megatron.types import UserError  # here, so that `copd doctor` can use this module where NumPy is missing
+    from copd_megatron.types import (
+        UserError,
+    )  # here, so that `copd doctor` can use this module where NumPy is missing
 
     for problem in (apex_problem(), transformer_engine_problem(cuda_available)):
         if problem is not None:

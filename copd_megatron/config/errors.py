@@ -1,4 +1,5 @@
-"""Turns pydantic's validation errors into the project's one line: what was given; what is allowed; what to do."""
+"""Pydantic's validation errors as the project's one line: what was given; what is allowed; what to do."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +20,11 @@ GIVEN_LENGTH = 80
 def explain(error: ValidationError, config: RunConfig | None = None) -> UserError:
     """The first problem of ``error`` as a UserError, and how many more there are.
 
-    ``error`` may come from RunConfig or from any of its sections, as when a recipe builds one by itself. ``config``
-    is the run that was being changed, if there was one: its experts are then known names.
+    ``error`` may come from RunConfig or from any of its sections, as when a recipe builds one by itself.
+    ``config`` is the run that was being changed, if there was one: its experts are then known names.
     """
-    problems = error.errors()
+    # A mistyped name is both unknown and missing; the unknown one says what happened.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     origin = _origin(error.title)
     if origin is None:  # a model of the recipe's own
         return UserError(f"{error.title}: {'.'.join(map(str, problems[0]['loc']))}: {problems[0]['msg']}")
@@ -69,13 +71,17 @@ def _message(problem: dict[str, Any], section: type[Section], prefix: str, confi
         return f"{path}: not given; required; set it: {doc}"
     given = _shorten(repr(problem["input"]))
     if field is None or section_type(field.annotation):
-        return f"{path}: {given} given; this is a section or an entry with fields; set its fields (see `copd config`)"
-    todo = "" if field.is_required() else f"; the default is {_shorten(repr(field.get_default(call_default_factory=True)))}"
-    return f"{path}: {given} given; allowed: {type_text(field)}{todo}"
+        return f"{path}: {given} given; this is a section with fields; set its fields (see `copd config`)"
+    message = f"{path}: {given} given; allowed: {type_text(field)}"
+    if field.is_required():
+        return message
+    return f"{message}; the default is {_shorten(repr(field.get_default(call_default_factory=True)))}"
 
 
-def _follow(section: type[Section], location: Sequence[int | str], prefix: str) -> tuple[str, FieldInfo | None]:
-    """Path and field that pydantic's location names; what pydantic adds inside a field (union tags) is left out."""
+def _follow(
+    section: type[Section], location: Sequence[int | str], prefix: str
+) -> tuple[str, FieldInfo | None]:
+    """Path and field that pydantic's location names, without what pydantic adds inside a field."""
     path, field = prefix.rstrip("."), None
     inside: type[Section] | None = section
     entries: type[Section] | None = None

@@ -1,8 +1,9 @@
 """From a recipe file and ``--set`` overrides to a resolved RunConfig, and from that to JSON and back.
 
-A recipe is a Python file with a function ``recipe() -> RunConfig``. Every mistake in it is a UserError, raised before
-any weight is loaded.
+A recipe is a Python file with a function ``recipe() -> RunConfig``. Every mistake in it is a UserError,
+raised before any weight is loaded.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -39,24 +40,31 @@ NAMELESS = re.compile(r"<\S+:\S+ object>")
 def load_recipe(path: str | Path) -> RunConfig:
     """Run a recipe file and return its configuration.
 
-    The file's folder goes first on ``sys.path``, as for a script, so that a recipe imports its neighbours and names
-    of the form "neighbour:Name" resolve. Relative ``model.path`` and ``rlvr.kl_reference`` are taken from that folder.
+    The file's folder goes first on ``sys.path``, as for a script, so that a recipe imports its neighbours and
+    names of the form "neighbour:Name" resolve. Relative ``model.path`` and ``rlvr.kl_reference`` are taken
+    from that folder.
 
     Raises:
-        UserError: the file is missing, fails, has no ``recipe()``, or that returns something else or something invalid.
+        UserError: the file is missing, fails, or has no ``recipe()`` that returns a valid RunConfig.
     """
     file = Path(path)
     if file.suffix != ".py" or not file.is_file():
-        reason = "is a folder" if file.is_dir() else "is no Python file" if file.exists() else "does not exist"
-        raise UserError(f"recipe: {path} {reason}; a Python file with a function {FUNCTION}() -> RunConfig is needed; "
-                        "examples/quickstart.py is one")
+        reason = (
+            "is a folder" if file.is_dir() else "is no Python file" if file.exists() else "does not exist"
+        )
+        raise UserError(
+            f"recipe: {path} {reason}; a Python file with a function {FUNCTION}() -> RunConfig is needed; "
+            "examples/quickstart.py is one"
+        )
     file = file.resolve()
     try:
         module = _import_file(file)
         build = getattr(module, FUNCTION, None)
         if not callable(build):
-            raise UserError(f"recipe: {path} has no function {FUNCTION}(); it must return a RunConfig; "
-                            f"define `def {FUNCTION}() -> RunConfig:`")
+            raise UserError(
+                f"recipe: {path} has no function {FUNCTION}(); it must return a RunConfig; "
+                f"define `def {FUNCTION}() -> RunConfig:`"
+            )
         config = build()
     except ValidationError as error:
         raise explain(error) from error
@@ -65,7 +73,9 @@ def load_recipe(path: str | Path) -> RunConfig:
     except Exception as error:
         raise UserError(f"recipe: {_place(error, file)}: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
-        raise UserError(f"recipe: {path}: {FUNCTION}() returned {type(config).__name__}; it must return a RunConfig")
+        raise UserError(
+            f"recipe: {path}: {FUNCTION}() returned {type(config).__name__}; it must return a RunConfig"
+        )
     return _with_absolute_paths(config, file.parent)
 
 
@@ -81,7 +91,9 @@ def _import_file(file: Path) -> ModuleType:
         spec = importlib.util.find_spec(name)
         taken = spec is not None and spec.origin != str(file)
     if taken:
-        raise UserError(f"recipe: {file.name} hides the module {name!r}; any other name will do; rename the file")
+        raise UserError(
+            f"recipe: {file.name} hides the module {name!r}; any other name will do; rename the file"
+        )
     add_import_folder(file.parent)
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
@@ -101,8 +113,11 @@ def _place(error: Exception, file: Path) -> str:
     """Innermost line of the recipe, or of a file beside it, that led to ``error``."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__)
-              if Path(frame.filename).parent == file.parent]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).parent == file.parent
+    ]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else str(file)
 
 
@@ -121,8 +136,8 @@ def _absolute(path: str, folder: Path) -> str:
 def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """A new run with each "section.field=value" applied in order; ``config`` itself is left as it is.
 
-    Values are JSON where they parse as JSON, also bare lists ([q_proj,v_proj]) and None, True, False; otherwise, and
-    where the field wants text, they are text. Entries of dicts are reached by name
+    Values are JSON where they parse as JSON, also bare lists ([q_proj,v_proj]) and None, True, False;
+    otherwise, and where the field wants text, they are text. Entries of dicts are reached by name
     (``experts.text.task_args.level=2``). A relative ``model.path`` is taken from the current folder.
 
     Raises:
@@ -132,8 +147,12 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         return config
     tree = overridden_tree(config, overrides)
     for section, field in (("model", "path"), ("rlvr", "kl_reference")):
-        given = tree[section][field] if isinstance(tree[section], dict) else None
-        if isinstance(given, str) and given != "backbone" and given != getattr(getattr(config, section), field):
+        given = tree[section].get(field) if isinstance(tree[section], dict) else None
+        if (
+            isinstance(given, str)
+            and given != "backbone"
+            and given != getattr(getattr(config, section), field)
+        ):
             tree[section][field] = _absolute(given, Path.cwd())
     try:
         return type(config).model_validate(tree)
@@ -144,8 +163,8 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 def to_json(config: RunConfig) -> str:
     """The resolved run as indented JSON; functions and classes as "pkg.module:qualname".
 
-    Objects that were built in the recipe (a Task instance) have no name: they appear as "<pkg.module:Class object>" and
-    such a file can be read by people only (`load_config` refuses it).
+    Objects that were built in the recipe (a Task instance) have no name: they appear as "<pkg.module:Class
+    object>" and such a file can be read by people only (`load_config` refuses it).
     """
     return json.dumps(_plain(config), indent=2) + "\n"
 
@@ -180,13 +199,19 @@ def load_config(file: str | Path) -> RunConfig:
     try:
         tree = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"config: {path} does not exist; a run folder holds config.json; check the folder") from None
+        raise UserError(
+            f"config: {path} does not exist; a run folder holds config.json; check the folder"
+        ) from None
     except json.JSONDecodeError as error:
-        raise UserError(f"config: {path} is no JSON (line {error.lineno}); it is written by `copd train`; "
-                        "name the recipe instead") from error
+        raise UserError(
+            f"config: {path} is no JSON (line {error.lineno}); it is written by `copd train`; "
+            "name the recipe instead"
+        ) from error
     for key, nameless in _nameless(tree, ""):
-        raise UserError(f"{key}: {path} only says {nameless}; a callable or \"pkg.module:Name\" can be read back; "
-                        "name the recipe instead")
+        raise UserError(
+            f'{key}: {path} only says {nameless}; a callable or "pkg.module:Name" can be read back; '
+            "name the recipe instead"
+        )
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -213,14 +238,20 @@ def resolve_object(name: str, field: str = "object") -> Any:
     """
     module_name, colon, qualified_name = name.partition(":")
     if not (module_name and colon and qualified_name):
-        raise UserError(f'{field}: {name!r}; allowed: "pkg.module:Name"; write module and name with a colon between')
+        raise UserError(
+            f'{field}: {name!r}; allowed: "pkg.module:Name"; write module and name with a colon between'
+        )
     try:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise UserError(f"{field}: {name!r}: no module {error.name!r}; a module on the Python path or beside the recipe; "
-                        "install its package or set PYTHONPATH") from error
+        raise UserError(
+            f"{field}: {name!r}: no module {error.name!r}; a module on the Python path or beside the recipe; "
+            "install its package or set PYTHONPATH"
+        ) from error
     except Exception as error:
-        raise UserError(f"{field}: {name!r}: importing it failed with {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"{field}: {name!r}: importing it failed with {type(error).__name__}: {error}"
+        ) from error
     for part in qualified_name.split("."):
         if not hasattr(found, part):
             names = [known for known in dir(found) if not known.startswith("__")]

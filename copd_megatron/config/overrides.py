@@ -2,6 +2,7 @@
 
 All overrides are laid before validation, so that two fields that only fit together can be set in any order.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,14 +27,16 @@ BARE_WORD = re.compile(r'[^\[\]{},:\s"]+')
 
 
 def overridden_tree(config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """``config`` as nested dicts with the overrides laid over it; objects that are no sections stay the same objects."""
+    """``config`` as nested dicts with the overrides laid over it; other objects stay themselves."""
     tree = _as_tree(config)
     for override in overrides:
         path, equals, text = override.partition("=")
         path = path.strip()
         if not equals or not path:
-            raise UserError(f"--set {override}: no key or no '='; allowed: section.field=value; "
-                            "write e.g. --set optimizer.lr=1e-4")
+            raise UserError(
+                f"--set {override}: no key or no '='; allowed: section.field=value; "
+                "write e.g. --set optimizer.lr=1e-4"
+            )
         _lay(tree, type(config), path.split("."), path, text.strip(), config)
     return tree
 
@@ -51,13 +54,15 @@ def _as_tree(section: Section) -> dict[str, Any]:
     return tree
 
 
-def _lay(tree: dict[str, Any], section: type[Section], keys: Sequence[str], path: str, text: str,
-         config: RunConfig) -> None:
+def _lay(
+    tree: dict[str, Any], section: type[Section], keys: Sequence[str], path: str, text: str, config: RunConfig
+) -> None:
     """Set the value at ``keys`` below a section's tree."""
     name, rest = keys[0], keys[1:]
+    whole = path.removesuffix("".join(f".{key}" for key in rest))
     field = section.model_fields.get(name)
     if field is None:
-        raise unknown_key(path, config)
+        raise unknown_key(whole, config)
     if inner := section_type(field.annotation):
         if not rest:
             tree[name] = parse_value(text, field)
@@ -69,21 +74,23 @@ def _lay(tree: dict[str, Any], section: type[Section], keys: Sequence[str], path
         elif len(rest) == 1:
             tree[name][rest[0]] = parse_value(text, None)
         else:
-            entry = _known_entry(tree[name], rest[0], path, len(keys))
+            entry = _known_entry(tree[name], rest[0], path)
             _lay(entry, inner, rest[1:], path, text, config)
     elif not rest:
         tree[name] = parse_value(text, field)
     elif get_origin(field.annotation) is dict:
         _lay_free(tree[name], rest, path, text)
     else:
-        raise UserError(f"{path}: {path.removesuffix('.' + '.'.join(rest))} is a single value; it has no parts; "
-                        "set it as a whole")
+        raise UserError(f"{path}: {whole} is a single value; it has no parts; set it as a whole")
 
 
-def _known_entry(entries: dict[str, Any], key: str, path: str, length: int) -> dict[str, Any]:
+def _known_entry(entries: dict[str, Any], key: str, path: str) -> dict[str, Any]:
     """The entry of a dict of sections, e.g. one expert; its fields can be set only when it exists."""
     if key not in entries:
-        raise UserError(f"{path}: no entry {key!r}; there are {', '.join(entries)}; nearest: {nearest(key, list(entries))}")
+        raise UserError(
+            f"{path}: no entry {key!r}; there are {', '.join(entries)}; "
+            f"nearest: {nearest(key, list(entries))}"
+        )
     if not isinstance(entries[key], dict):
         raise UserError(f"{path}: {key!r} was set to a single value before; set its fields only")
     return entries[key]

@@ -2,6 +2,7 @@
 
 ``copd config`` prints this table, and error messages name the nearest entry of it.
 """
+
 from __future__ import annotations
 
 import types
@@ -31,7 +32,7 @@ BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 @dataclass(frozen=True)
 class FieldRow:
-    """One field of a run. Example: ``FieldRow("rlvr.clip_low", "float >= 0", 0.2, 0.2, "Lower clip range: ...")``."""
+    """One field of a run. Example: ``FieldRow("rlvr.clip_low", "float >= 0", 0.2, 0.2, "Lower ...")``."""
 
     path: str
     """Dotted, as ``--set`` takes it; entries of a dict that is not filled in read ``<name>``."""
@@ -76,8 +77,12 @@ def _rows(section: type[Section], value: Section | None, prefix: str) -> Iterato
 
 def type_text(field: FieldInfo) -> str:
     """What a field accepts, for people: ``float >= 0``, ``"hub" | "ring"``, ``float > 1 or null``."""
-    bounds = [f"{sign} {getattr(constraint, name):g}" for constraint in field.metadata
-              for name, sign in BOUNDS.items() if hasattr(constraint, name)]
+    bounds = [
+        f"{sign} {getattr(constraint, name):g}"
+        for constraint in field.metadata
+        for name, sign in BOUNDS.items()
+        if hasattr(constraint, name)
+    ]
     names = [_annotation_text(part) for part in _alternatives(field.annotation)]
     if bounds:
         names[0] += " " + " and ".join(bounds)
@@ -113,7 +118,9 @@ def nearest(path: str, known: Sequence[str]) -> str:
     leaf = path.rpartition(".")[2]
 
     def likeness(candidate: str) -> float:
-        return (SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio()
-                + 0.5 * SequenceMatcher(None, path, candidate).ratio())
+        return (
+            SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio()
+            + 0.5 * SequenceMatcher(None, path, candidate).ratio()
+        )
 
     return max(known, key=likeness)

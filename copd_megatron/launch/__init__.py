@@ -1,1 +1,1 @@
-"""The command line, and everything that touches the machine: environment variables, run folders, diagnosis."""
+"""The command line and what touches the machine: environment variables, run folders, diagnosis."""

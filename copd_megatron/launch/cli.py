@@ -1,8 +1,10 @@
 """The command ``copd``: arguments in, exit code out.
 
-Nothing heavy is imported before a command runs, so that ``copd --version`` and ``copd --help`` answer at once and in any
-environment. Exit codes: 0 done, 1 `doctor` found something missing, 2 a mistake the user can mend, 130 interrupted.
+Nothing heavy is imported before a command runs, so that ``copd --version`` and ``copd --help`` answer at once
+and in any environment. Exit codes: 0 done, 1 `doctor` found something missing, 2 a mistake the user can mend,
+130 interrupted.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -15,8 +17,8 @@ from copd_megatron import __version__
 from copd_megatron.launch import environment
 
 OTHER_RANKS_WAIT_S = 2.0
-"""Ranks above 0 report an error this much later: one that all ranks share is shown once, by rank 0, whose end makes
-torchrun end the others; one that only rank 3 has is shown by rank 3."""
+"""Ranks above 0 report an error this much later: one that all ranks share is shown once, by rank 0, whose end
+makes torchrun end the others; one that only rank 3 has is shown by rank 3."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,12 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str | None:
     """What to tell the user, or None if this is no mistake of theirs."""
-    # Looked up, not imported: if nobody imported the module, nobody raised its error, and it may not be importable here.
+    # Looked up, not imported: if nobody imported the module, nobody raised its error, and it may not be
+    # importable here.
     types = sys.modules.get("copd_megatron.types")
     if types is not None and isinstance(error, types.UserError):
         return " ".join(str(error).split("\n"))
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("copd_"):
-        return f"environment: {error.name} is not installed; install what copd-megatron needs; `copd doctor` shows what is missing"
+        return (
+            f"environment: {error.name} is not installed; it is needed here; `copd doctor` says how to get it"
+        )
     return None
 
 
@@ -61,33 +66,50 @@ def _report(line: str) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``command`` to the name of its function in `launch.commands`."""
     parser = argparse.ArgumentParser(
-        prog="copd", description="Co-evolving policy distillation: experts on one frozen backbone teach each other.",
-        epilog="More than one process: torchrun --nproc-per-node N -m copd_megatron train RECIPE ...")
+        prog="copd",
+        description="Co-evolving policy distillation: experts on one frozen backbone teach each other.",
+        epilog="More than one process: torchrun --nproc-per-node N -m copd_megatron train RECIPE ...",
+    )
     parser.add_argument("--version", action="version", version=f"copd_megatron {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     train = _command(commands, "train", "train", "train the experts of a recipe")
     _add_recipe(train)
-    train.add_argument("--run-dir", metavar="DIR", help="where everything is written (default: runs/<recipe>)")
+    train.add_argument(
+        "--run-dir", metavar="DIR", help="where everything is written (default: runs/<recipe>)"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
 
-    preview = _command(commands, "preview", "preview", "show prompts as the model sees them, with sampled answers and rewards")
+    preview = _command(
+        commands,
+        "preview",
+        "preview",
+        "show prompts as the model sees them, with sampled answers and rewards",
+    )
     _add_recipe(preview)
     preview.add_argument("-n", type=_positive, default=8, metavar="N", help="prompts per expert (default: 8)")
 
-    config = _command(commands, "config", "show_config", "show every field with its value, default and meaning")
+    config = _command(
+        commands, "config", "show_config", "show every field with its value, default and meaning"
+    )
     _add_recipe(config, optional=True)
     config.add_argument("--json", action="store_true", help="print the resolved configuration as JSON")
 
-    evaluate = _command(commands, "eval", "evaluate", "evaluate a run's policies, or a recipe's backbone, on held-out prompts")
+    evaluate = _command(
+        commands, "eval", "evaluate", "evaluate a run's policies, or a recipe's backbone, on held-out prompts"
+    )
     evaluate.add_argument("target", metavar="RUN_DIR|RECIPE.py", help="a run folder, or a recipe")
     _add_overrides(evaluate)
     evaluate.add_argument("--prompts", type=_positive, metavar="N", help="held-out prompts per domain")
-    evaluate.add_argument("--samples", type=_positive, metavar="K", help="completions per prompt (avg@K, pass@K)")
+    evaluate.add_argument(
+        "--samples", type=_positive, metavar="K", help="completions per prompt (avg@K, pass@K)"
+    )
     mode = evaluate.add_mutually_exclusive_group()
     mode.add_argument("--greedy", dest="greedy", action="store_true", default=None, help="greedy decoding")
-    mode.add_argument("--sampled", dest="greedy", action="store_false", help="sample, as evaluation.temperature says")
+    mode.add_argument(
+        "--sampled", dest="greedy", action="store_false", help="sample, as evaluation.temperature says"
+    )
     evaluate.add_argument("--json", metavar="FILE", help="also write the results there")
 
     report = _command(commands, "report", "report", "write a run's report.html")
@@ -96,7 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
     compare = _command(commands, "compare", "compare", "set the results of runs side by side")
     compare.add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
 
-    _command(commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them")
+    _command(
+        commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them"
+    )
     return parser
 
 
@@ -107,14 +131,25 @@ def _command(commands, name: str, function: str, summary: str) -> argparse.Argum
 
 
 def _add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:
-    parser.add_argument("recipe", metavar="RECIPE.py", nargs="?" if optional else None,
-                        help="a Python file with a function recipe() -> RunConfig")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE.py",
+        nargs="?" if optional else None,
+        help="a Python file with a function recipe() -> RunConfig",
+    )
     _add_overrides(parser)
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", dest="overrides", metavar="SECTION.FIELD=VALUE", nargs="+", action="extend", default=[],
-                        help="change a field of the recipe; may be given several times")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="SECTION.FIELD=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="change a field of the recipe; may be given several times",
+    )
 
 
 def _positive(text: str) -> int:

@@ -1,5 +1,9 @@
-"""What each command of ``copd`` does. Everything heavy is imported inside the command that needs it, and only after the
-configuration has been checked, so that a typo is reported at once."""
+"""What each command of ``copd`` does.
+
+Everything heavy is imported inside the command that needs it, and only after the configuration has been
+checked, so that a typo is reported at once.
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -76,14 +80,23 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _policy_table(results: dict[str, Any]) -> str:
-    """``results`` is one record of evaluations.jsonl: {"policies": {policy: {domain: {"avg", "n", ...}}}, "mode", "samples"}."""
+    """Accuracy of every policy on every domain.
+
+    ``results`` is a record of evaluations.jsonl: {"policies": {policy: {domain: {"avg", "n", ...}}}, "mode",
+    "samples"}.
+    """
     policies = results["policies"]
     domains = list(dict.fromkeys(domain for scores in policies.values() for domain in scores))
-    rows = [[policy, *(f"{100 * scores[domain]['avg']:.1f}" if domain in scores else "" for domain in domains)]
-            for policy, scores in policies.items()]
+    rows = [
+        [policy, *(f"{100 * scores[domain]['avg']:.1f}" if domain in scores else "" for domain in domains)]
+        for policy, scores in policies.items()
+    ]
     counts = sorted({scores["n"] for by_domain in policies.values() for scores in by_domain.values()})
-    return (format_table(["accuracy %", *domains], rows)
-            + f"\n{results['mode']}, {results['samples']} sample(s), {' or '.join(map(str, counts))} held-out prompts per domain")
+    return (
+        format_table(["accuracy %", *domains], rows)
+        + f"\n{results['mode']}, {results['samples']} sample(s) of each of {' or '.join(map(str, counts))} "
+        "held-out prompts per domain"
+    )
 
 
 def report(options: argparse.Namespace) -> int:
@@ -115,8 +128,10 @@ def show_config(options: argparse.Namespace) -> int:
     from copd_megatron.types import UserError
 
     if options.recipe is None and (options.overrides or options.json):
-        raise UserError("copd config: --set or --json without a recipe; they change or print a recipe's configuration; "
-                        "name a recipe")
+        raise UserError(
+            "copd config: --set or --json without a recipe; they change or print a recipe's configuration; "
+            "name a recipe"
+        )
     config = _configured(options) if options.recipe else None
     if options.json:
         print(to_json(config), end="")
@@ -129,7 +144,14 @@ def show_config(options: argparse.Namespace) -> int:
             print(f"\n[{section}]" if section else "")
         changed = "" if row.value == row.default else f"   (default: {_shown(row.default)})"
         print(f"{row.path} = {_shown(row.value)}{changed}")
-        print(textwrap.fill(f"{row.type}. {' '.join(row.doc.split())}", 108, initial_indent="    ", subsequent_indent="    "))
+        print(
+            textwrap.fill(
+                f"{row.type}. {' '.join(row.doc.split())}",
+                108,
+                initial_indent="    ",
+                subsequent_indent="    ",
+            )
+        )
     return 0
 
 
@@ -148,8 +170,12 @@ def doctor(options: argparse.Namespace) -> int:
     from copd_megatron.launch.doctor import diagnose
 
     findings = diagnose()
-    print(format_table(["part", "found", "what it is for", "how to get it"],
-                       [[finding.part, finding.found, finding.purpose, finding.remedy] for finding in findings]))
+    print(
+        format_table(
+            ["part", "found", "what it is for", "how to get it"],
+            [[finding.part, finding.found, finding.purpose, finding.remedy] for finding in findings],
+        )
+    )
     bad = [finding.part for finding in findings if not finding.fine]
     print("\nAll that is needed is here." if not bad else f"\nNot in order: {', '.join(bad)}")
     return 1 if bad else 0

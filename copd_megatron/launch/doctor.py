@@ -1,8 +1,9 @@
 """``copd doctor``: which parts are installed, whether they fit, what they are for, how to get them.
 
-Works in any environment, also an empty one: versions are read from package metadata, and only torch is imported, to ask
-for CUDA. Version ranges are those of setup.py, read from the installed metadata.
+Works in any environment, also an empty one: versions are read from package metadata, and only torch is
+imported, to ask for CUDA. Version ranges are those of setup.py, read from the installed metadata.
 """
+
 from __future__ import annotations
 
 import sys
@@ -15,7 +16,7 @@ DISTRIBUTION = "copd-megatron"
 
 @dataclass(frozen=True)
 class Part:
-    """A package the project uses. Example: ``Part("vLLM", "vllm", "vllm", "rollouts on vLLM", needed=False)``."""
+    """A package the project uses. Example: ``Part("PyAV", "av", "av", "videos")``."""
 
     name: str
     distribution: str
@@ -44,9 +45,21 @@ PARTS = (
     Part("rich", "rich", "rich", "progress display"),
     Part("matplotlib", "matplotlib", "matplotlib", "plots in reports"),
     Part("TensorBoard", "tensorboard", "tensorboard", "metrics in TensorBoard"),
-    Part("Transformer Engine", "transformer-engine", "transformer_engine", "faster layers, FP8 (CUDA only)", needed=False),
+    Part(
+        "Transformer Engine",
+        "transformer-engine",
+        "transformer_engine",
+        "faster layers, FP8 (CUDA only)",
+        needed=False,
+    ),
     Part("vLLM", "vllm", "vllm", "rollouts on vLLM", needed=False),
-    Part("nvidia-resiliency-ext", "nvidia-resiliency-ext", "nvidia_resiliency_ext", "restart after faults", needed=False),
+    Part(
+        "nvidia-resiliency-ext",
+        "nvidia-resiliency-ext",
+        "nvidia_resiliency_ext",
+        "restart after faults",
+        needed=False,
+    ),
     Part("W&B", "wandb", "wandb", "metrics in Weights & Biases", needed=False),
 )
 
@@ -72,7 +85,9 @@ def diagnose() -> list[Finding]:
 def _python() -> Finding:
     version = ".".join(map(str, sys.version_info[:3]))
     fits = sys.version_info[:2] >= (3, 12)
-    return Finding("Python", version, "megatron-core 0.17 and later need 3.12", "" if fits else "use Python 3.12", fits)
+    return Finding(
+        "Python", version, "megatron-core 0.17 and later need 3.12", "" if fits else "use Python 3.12", fits
+    )
 
 
 def _part(part: Part) -> Finding:
@@ -90,7 +105,7 @@ def _part(part: Part) -> Finding:
 
 
 def installed_version(part: Part) -> str | None:
-    """Version of an installed part, "unknown" for one without metadata (built from source), None if it is absent."""
+    """Version of an installed part, "unknown" for one without metadata, None if it is absent."""
     try:
         return metadata.version(part.distribution)
     except metadata.PackageNotFoundError:
@@ -102,7 +117,7 @@ def installed_version(part: Part) -> str | None:
 
 
 def _requirement(distribution: str) -> tuple[str, str]:
-    """What setup.py asks for: ("torch>=2.11", ">=2.11"); (name, "") where that is unknown (not installed as a package)."""
+    """What setup.py asks for: ("torch>=2.11", ">=2.11"); (name, "") where this package is not installed."""
     try:
         from packaging.requirements import Requirement
 
@@ -120,8 +135,10 @@ def _in_range(version: str, wanted: str) -> bool:
     if not wanted or version == "unknown":
         return True
     from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
 
-    return SpecifierSet(wanted).contains(version, prereleases=True)  # containers carry builds such as 2.11.0a0+nv
+    # Containers carry builds such as 2.11.0a0+nv26, which by the letter come before 2.11.
+    return SpecifierSet(wanted).contains(Version(version).base_version)
 
 
 def _cuda() -> Iterator[Finding]:
@@ -156,7 +173,9 @@ def _transformer_engine_problem() -> str | None:
 def _apex() -> Finding:
     purpose = "fused Adam and norms where Transformer Engine is absent (CUDA only)"
     if util.find_spec("apex") is None:
-        return Finding("NVIDIA Apex", "-", purpose, "build NVIDIA/apex from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1")
+        return Finding(
+            "NVIDIA Apex", "-", purpose, "build NVIDIA/apex from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+        )
     from copd_megatron.optional import apex_capabilities, apex_problem
 
     if problem := apex_problem():

@@ -1,4 +1,5 @@
-"""The only place that reads or sets environment variables, apart from torchrun's rendezvous in ``parallel``."""
+"""The only place that touches environment variables, apart from torchrun's rendezvous in ``parallel``."""
+
 from __future__ import annotations
 
 import os

@@ -1,8 +1,9 @@
 """The run folder as the command line sees it: may a run start here, who started it, how is it read back.
 
-``launch.json`` holds one record per start (recipe, overrides, version); it is what lets ``copd eval RUN`` resolve names
-of modules that lie beside the recipe.
+``launch.json`` holds one record per start (recipe, overrides, version); it is what lets ``copd eval RUN``
+resolve names of modules that lie beside the recipe.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,11 +28,15 @@ def check_startable(run_dir: Path, resume: bool) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir: {run_dir} is a file; a folder is needed; name another one")
     if resume and not holds_run(run_dir):
-        raise UserError(f"--resume: {run_dir} holds no run; a folder in which a run was started; check --run-dir, "
-                        "or start without --resume")
+        raise UserError(
+            f"--resume: {run_dir} holds no run; a folder in which a run was started; check --run-dir, "
+            "or start without --resume"
+        )
     if not resume and holds_run(run_dir):
-        raise UserError(f"--run-dir: {run_dir} holds a run already; a new folder, or --resume to go on with it; "
-                        f"look at it with `copd report {run_dir}`")
+        raise UserError(
+            f"--run-dir: {run_dir} holds a run already; a new folder, or --resume to go on with it; "
+            f"look at it with `copd report {run_dir}`"
+        )
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -55,8 +60,12 @@ def existing_run(folder: str | Path) -> Path:
 
 def record_launch(run_dir: Path, recipe: str | Path, overrides: Sequence[str]) -> None:
     """Append this start to ``launch.json``."""
-    record = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "version": __version__,
-              "recipe": str(Path(recipe).resolve()), "overrides": list(overrides)}
+    record = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+        "recipe": str(Path(recipe).resolve()),
+        "overrides": list(overrides),
+    }
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / LAUNCHES).write_text(json.dumps([*_launches(run_dir), record], indent=2) + "\n")
 
