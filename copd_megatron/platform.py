@@ -27,6 +27,10 @@ FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", 
              "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
 """Functions of ``torch`` that take ``device=``; Megatron calls several of them with ``device="cuda"``."""
 
+NOTICES = ("(Transformer Engine and )?Apex (is|are) not installed",
+           "full scope is deprecated. Use empty cuda_graph")
+"""Patterns of the warnings that are not shown; the second one comes with every TransformerConfig."""
+
 
 def device() -> torch.device:
     """Where this process computes: its current CUDA device, or the CPU when there is no CUDA."""
@@ -59,7 +63,8 @@ def _silence_notices() -> None:
     Which optional parts run is decided and reported elsewhere, so Megatron's fallback notices only repeat it.
     The RNG notice fires on every tracked region when the CPU's generator plays the CUDA one.
     """
-    warnings.filterwarnings("ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed")
+    for notice in NOTICES:
+        warnings.filterwarnings("ignore", message=notice)
     _drop_records("megatron.core.tensor_parallel.random", "CPU RNG state changed within GPU RNG context")
     _drop_records("torch.utils.cpp_extension", "No CUDA runtime is found")
 
@@ -84,8 +89,8 @@ def _answer_device_questions() -> None:
 def _send_factories_to_cpu() -> None:
     """Schedules, optimizers and checkpoints create small tensors with the literal ``device="cuda"``.
 
-    ``with torch.device(...)`` compares with the functions it lists at its first use; it must list the originals,
-    or models that transformers builds on "meta" come out with uninitialised buffers.
+    ``with torch.device(...)`` acts on the functions that it lists at its first use; they must be the
+    originals, or models that transformers builds on "meta" come out with uninitialised buffers.
     """
     _device_constructors()
     for name in FACTORIES:

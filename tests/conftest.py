@@ -3,13 +3,16 @@ import torch
 
 torch.set_num_threads(1)  # before any kernel runs: forked ranks would hang on the parent's OpenMP threads
 
-import copd_megatron.platform  # noqa: E402, F401
-
 import pytest  # noqa: E402
+
+import copd_megatron.platform  # noqa: E402, F401
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    """Notices of other packages at import, which pytest would show although the platform drops them."""
+    for silenced in (*(f"ignore:{notice}" for notice in copd_megatron.platform.NOTICES),
+                     "ignore::DeprecationWarning:torch.*", "ignore::DeprecationWarning:megatron.*"):
+        config.addinivalue_line("filterwarnings", silenced)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def one_rank():
-    """Makes `Groups` of a single rank in this process for the named experts, and drops them after the test."""
+    """Makes `Groups` of one rank in this process for the named experts; drops them after the test."""
     from copd_megatron.parallel.groups import Groups
     from copd_megatron.parallel.layout import Layout
     from copd_megatron.parallel.placement import Placement

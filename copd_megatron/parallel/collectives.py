@@ -1,7 +1,7 @@
 """Collectives that torch.distributed lacks: ragged exchanges, and small objects; the same on gloo and NCCL.
 
-Payloads travel as bytes, so that every dtype works on both backends (gloo does not know all of them). Nothing here is
-differentiable. Every rank of the group must make the call.
+Payloads travel as bytes, so that every dtype works on both backends (gloo does not know all of them). Nothing
+here is differentiable. Every rank of the group must make the call.
 """
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def all_to_all_ragged(tensors_per_peer: Sequence[torch.Tensor], group: ProcessGr
     lengths = torch.tensor([len(t) for t in tensors_per_peer], device=first.device)
     lengths_in = torch.empty_like(lengths)
     dist.all_to_all_single(lengths_in, lengths, group=group)
-    received_rows = lengths_in.tolist()
+    rows_in = lengths_in.tolist()
     row_bytes = first.element_size() * first.shape[1:].numel()
-    received = torch.empty(sum(received_rows) * row_bytes, dtype=torch.uint8, device=first.device)
-    dist.all_to_all_single(received, torch.cat([_as_bytes(t) for t in tensors_per_peer]),
-                           [rows * row_bytes for rows in received_rows],
-                           [len(t) * row_bytes for t in tensors_per_peer], group=group)
-    return [_from_bytes(chunk, first, rows)
-            for chunk, rows in zip(received.split([rows * row_bytes for rows in received_rows]), received_rows)]
+    bytes_out = [len(t) * row_bytes for t in tensors_per_peer]
+    bytes_in = [rows * row_bytes for rows in rows_in]
+    received = torch.empty(sum(bytes_in), dtype=torch.uint8, device=first.device)
+    sent = torch.cat([_as_bytes(t) for t in tensors_per_peer])
+    dist.all_to_all_single(received, sent, bytes_in, bytes_out, group=group)
+    return [_from_bytes(chunk, first, rows) for chunk, rows in zip(received.split(bytes_in), rows_in)]
 
 
 def all_gather_ragged(tensor: torch.Tensor, group: ProcessGroup) -> list[torch.Tensor]:
-    """Every rank's tensor, by group rank. Dtype and all dims but the first agree; the first dim may differ, or be 0."""
+    """Every rank's tensor, by group rank. Only the first dim may differ between ranks, and be 0."""
     size = dist.get_world_size(group)
     if size == 1:
         return [tensor.clone()]
@@ -93,7 +93,7 @@ def reduce_scalars(values: Mapping[str, float], group: ProcessGroup, op: Literal
 
 
 def assert_same_on_all_ranks(tensor: torch.Tensor, group: ProcessGroup, what: str) -> None:
-    """Raise AssertionError unless all ranks of the group hold the same bits (NaNs included); for debug mode."""
+    """Raise AssertionError unless all ranks of the group hold the same bits (debug mode)."""
     theirs = all_gather_ragged(_as_bytes(tensor), group)
     differing = [rank for rank, other in enumerate(theirs) if not torch.equal(other, theirs[0])]
     if differing:

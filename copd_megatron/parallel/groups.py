@@ -1,9 +1,9 @@
-"""The process groups of one rank, made once and handed down; the only file that touches Megatron's `parallel_state`.
+"""The process groups of one rank, made once and handed down; Megatron's globals are touched here alone.
 
-Every group is an argument elsewhere: a wrong group raises nothing and corrupts silently, so none is looked up.
+Elsewhere every group is an argument: a wrong group raises nothing and corrupts silently.
 
     exchange        same (pp, cp, tp) over all replicas
-    adapter[e]      same (pp, cp, tp) over the replicas that host expert e; e's gradients are reduced here, nowhere else
+    adapter[e]      same (pp, cp, tp) over the replicas that host expert e: where e's gradients are reduced
     replica         all ranks of one copy of the backbone
     tp, pp, cp      Megatron's own, inside the replica
 """
@@ -31,7 +31,7 @@ Partition = tuple[tuple[int, ...], ...]
 """Disjoint groups of global ranks that are created together, each with its members in group-rank order."""
 
 MEGATRON_RNG_SEED = 1
-"""Feeds Megatron's RNG tracker, which its attention enters even with dropout 0; no number of ours is drawn there."""
+"""Feeds Megatron's RNG tracker, which its attention enters even with dropout 0."""
 
 
 def init_distributed(config: ParallelConfig) -> None:
@@ -47,11 +47,11 @@ def init_distributed(config: ParallelConfig) -> None:
         return
     backend = platform.default_backend() if config.backend == "auto" else config.backend
     if backend == "nccl" and not torch.cuda.is_available():
-        raise UserError("parallel.backend: nccl, but this machine has no CUDA device; gloo or auto work here; "
+        raise UserError("parallel.backend: nccl on a machine without a CUDA device; gloo or auto work here; "
                         "set parallel.backend=auto")
     if backend == "gloo" and torch.cuda.is_available():
-        raise UserError("parallel.backend: gloo, but tensors live on CUDA devices here; nccl or auto work; "
-                        "set parallel.backend=auto, or hide the devices with CUDA_VISIBLE_DEVICES= to run on the CPU")
+        raise UserError("parallel.backend: gloo on a machine with CUDA devices; nccl or auto work here; set "
+                        "parallel.backend=auto, or hide the devices (CUDA_VISIBLE_DEVICES=) to use the CPU")
     timeout = timedelta(seconds=config.timeout_s)
     if os.getenv("RANK") is None:
         _stand_alone(backend, timeout)
@@ -60,9 +60,11 @@ def init_distributed(config: ParallelConfig) -> None:
     if missing:
         raise UserError(f"environment: RANK is set but {', '.join(missing)} is not; all or none of them; "
                         "start the ranks with torchrun, or unset RANK")
+    device = None
     if backend == "nccl":
         torch.cuda.set_device(int(os.getenv("LOCAL_RANK", "0")))
-    dist.init_process_group(backend, timeout=timeout, device_id=platform.device() if backend == "nccl" else None)
+        device = platform.device()
+    dist.init_process_group(backend, timeout=timeout, device_id=device)
 
 
 def shutdown_distributed() -> None:
@@ -95,7 +97,7 @@ class Groups:
     exchange: ProcessGroup
     """Group rank = replica."""
     adapter: dict[str, ProcessGroup | None]
-    """Expert -> its adapter group, or None when this replica does not host it. Experts with equal hosts share one."""
+    """Expert -> its adapter group, None where this replica does not host it; equal hosts share one group."""
     pg_collection: ProcessGroupCollection
     """The same groups under Megatron's names, for its layers."""
     _owned: list[ProcessGroup] = field(default_factory=list, repr=False)
@@ -133,14 +135,14 @@ class Groups:
         return cls._around_megatron(layout, placement, backend, timeout)
 
     @classmethod
-    def _around_megatron(cls, layout: Layout, placement: Placement, backend: str | None, timeout: timedelta) -> Groups:
+    def _around_megatron(cls, layout: Layout, placement: Placement, backend: str | None,
+                         timeout: timedelta) -> Groups:
         """Add our own groups to Megatron's, which exist."""
         rank = dist.get_rank()
         coords = layout.coordinates(rank)
         megatron = ProcessGroupCollection.use_mpu_process_groups()
-        known = {_peers(layout, range(layout.replicas)): megatron.dp}
-        if layout.cp == 1:
-            known[_replicas(layout)] = megatron.mp
+        known = {_replicas(layout): megatron.mp} if layout.cp == 1 else {}  # Megatron's mp is tp x pp
+        known[_peers(layout, range(layout.replicas))] = megatron.dp
         owned: list[ProcessGroup] = []
 
         def group_of(partition: Partition) -> ProcessGroup | None:
@@ -151,11 +153,13 @@ class Groups:
             return known[partition]
 
         replica = group_of(_replicas(layout))
-        adapter = {expert: group_of(_peers(layout, placement.replicas_of(expert))) for expert in placement.experts}
-        adapter = {expert: group if coords.replica in placement.replicas_of(expert) else None
-                   for expert, group in adapter.items()}
-        return cls(layout, placement, rank, coords, dist.group.WORLD, megatron.tp, megatron.pp, megatron.cp, replica,
-                   megatron.dp, adapter, megatron, owned)
+        adapter = {}
+        for expert, hosts in zip(placement.experts, placement.hosts):
+            group = group_of(_peers(layout, hosts))
+            adapter[expert] = group if coords.replica in hosts else None
+        return cls(layout=layout, placement=placement, rank=rank, coords=coords, world=dist.group.WORLD,
+                   tp=megatron.tp, pp=megatron.pp, cp=megatron.cp, replica=replica, exchange=megatron.dp,
+                   adapter=adapter, pg_collection=megatron, _owned=owned)
 
     def destroy(self) -> None:
         """Drop all groups but the world, so that `create` may be called again. All ranks call it."""
@@ -214,7 +218,7 @@ def _peers(layout: Layout, replicas: Iterable[int]) -> Partition:
 
 
 def _create(partition: Partition, rank: int, backend: str | None, timeout: timedelta) -> ProcessGroup | None:
-    """Create every group of a partition (torch wants all ranks to do so, in one order); returns this rank's own."""
+    """Create all groups of a partition, as torch wants every rank to do in one order; returns this rank's."""
     mine = None
     for ranks in partition:
         group = dist.new_group(ranks=list(ranks), timeout=timeout, backend=backend)

@@ -55,16 +55,16 @@ class Layout:
 
     @classmethod
     def fit(cls, world_size: int, tp: int = 1, pp: int = 1) -> Layout:
-        """The layout of ``world_size`` ranks: what tensor and pipeline parallelism leave over becomes replicas.
+        """The layout of ``world_size`` ranks: what TP and PP leave over becomes replicas.
 
         Raises:
             UserError: ``tp * pp`` does not divide the world size.
         """
         per_replica = cls(tp=tp, pp=pp).ranks_per_replica
         if world_size % per_replica:
-            raise UserError(f"parallel.tensor, parallel.pipeline: {tp} x {pp} = {per_replica} ranks per replica on "
-                            f"{world_size} ranks; the product must divide the number of ranks; start a multiple of "
-                            f"{per_replica} ranks or choose smaller sizes")
+            raise UserError(f"parallel.tensor, parallel.pipeline: {tp} x {pp} = {per_replica} ranks per "
+                            f"replica, {world_size} ranks started; the product must divide their number; "
+                            f"start a multiple of {per_replica} ranks or choose smaller sizes")
         return cls(tp=tp, pp=pp, replicas=world_size // per_replica)
 
     @property

@@ -1,7 +1,8 @@
 """Which replica trains which expert, and which prompts of an expert each of its replicas takes.
 
-With at least as many replicas as experts, each expert owns a block of neighbouring replicas (its data-parallel
-ranks). With fewer, each replica hosts a block of neighbouring experts. Block sizes differ by at most one.
+With at least as many replicas as experts, each expert owns a block of neighbouring replicas (its
+data-parallel ranks). With fewer, each replica hosts a block of neighbouring experts. Block sizes differ by at
+most one.
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from copd_megatron.types import UserError
 
 
 def split_evenly(count: int, parts: int) -> list[range]:
-    """Cut 0..count-1 into ``parts`` neighbouring ranges whose lengths differ by at most one, longer ones first."""
+    """Cut 0..count-1 into ``parts`` neighbouring ranges; lengths differ by at most one, longer ones first."""
     size, longer = divmod(count, parts)
     starts = [part * size + min(part, longer) for part in range(parts + 1)]
     return [range(start, end) for start, end in zip(starts, starts[1:])]
@@ -37,7 +38,7 @@ class Placement:
         """
         names = tuple(experts)
         if not names or len(set(names)) != len(names):
-            raise UserError(f"experts: {list(names)}; one or more experts with different names; rename or add one")
+            raise UserError(f"experts: {list(names)}; one or more with different names; rename or add one")
         if replicas < 1:
             raise UserError(f"parallel.replicas: {replicas}; 1 or more; start more ranks")
         if replicas >= len(names):
@@ -62,7 +63,7 @@ class Placement:
     def share(self, expert: str, replica: int, count: int) -> range:
         """Which of the expert's ``count`` prompts this replica takes; empty when it does not host the expert.
 
-        The shares of all replicas are disjoint, cover 0..count-1 in replica order, and differ in length by at most one.
+        The shares of all replicas cover 0..count-1 once, in replica order, as evenly as possible.
         """
         hosts = self.replicas_of(expert)
         if replica not in hosts:

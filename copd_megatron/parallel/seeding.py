@@ -1,12 +1,14 @@
 """Noise that depends on what it is for, never on which rank draws it or in which order.
 
-Counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): the number is a hash of its key,
-(seed, expert, step, prompt, sample, position) for sampling. The hash absorbs one word after the other through
-the finaliser of SplitMix64 (Steele, Lea and Flood 2014; constants by Stafford, variant 13):
+Counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): the number is a hash of its
+key, (seed, expert, step, prompt, sample, position) for sampling. The hash absorbs one word after the other
+through the finaliser of SplitMix64 (Steele, Lea and Flood 2014; constants by Stafford, variant 13):
 
-    h <- mix(seed + G);   h <- mix((h xor mix(word + G)) + G) for each word;   uniform = (floor(h / 2^11) + 1/2) / 2^53
+    h <- mix(seed + G);   for each word: h <- mix((C h xor mix(word + G)) + G)
+    uniform = (floor(h / 2^12) + 1/2) / 2^52
 
-`mix` is a bijection of 64 bits, so keys that differ in one word never collide. Not for cryptography.
+`mix` and the product with the odd constant C are bijections of 64 bits, so keys that differ in one word never
+collide; C keeps a word from cancelling an equal one before it. Not for cryptography.
 """
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+CHAIN = np.uint64(0xD1342543DE82EF95)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 WORD_MASK = (1 << 64) - 1
@@ -27,12 +30,13 @@ def uniform(seed: int, *keys: ArrayLike) -> np.ndarray:
 
     Args:
         seed: any integer, taken modulo 2^64.
-        keys: integers or integer arrays that broadcast against each other; position matters, (1, 2) is not (2, 1).
+        keys: integers or integer arrays that broadcast against each other; their order matters.
 
     Returns:
-        float64 of the broadcast shape (0-dimensional if all keys are integers), with 53 random bits each.
+        float64 of the broadcast shape (0-dimensional if all keys are integers), with 52 random bits each:
+        the largest of 53 bits would round to 1.0.
     """
-    return ((bits(seed, *keys) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return _unit(bits(seed, *keys))
 
 
 def bits(seed: int, *keys: ArrayLike) -> np.ndarray:
@@ -40,7 +44,7 @@ def bits(seed: int, *keys: ArrayLike) -> np.ndarray:
     with np.errstate(over="ignore"):
         state = _mix(_words(seed) + GOLDEN)
         for key in keys:
-            state = _mix((state ^ _mix(_words(key) + GOLDEN)) + GOLDEN)
+            state = _mix((state * CHAIN ^ _mix(_words(key) + GOLDEN)) + GOLDEN)
     return np.asarray(state)
 
 
@@ -55,12 +59,17 @@ def stable_hash(text: str) -> int:
 
 
 def generator_for(seed: int, *names: str | int) -> torch.Generator:
-    """A CPU generator of its own for what is named, e.g. ``generator_for(seed, "text", "layers.0.mlp.up_proj", "A")``.
+    """A CPU generator for what is named, e.g. ``generator_for(seed, "text", "layers.0.mlp.up_proj", "A")``.
 
     Draw the full tensor from it and slice, so that a shard does not depend on the layout.
     """
     words = [stable_hash(name) if isinstance(name, str) else name for name in names]
     return torch.Generator().manual_seed(int(bits(seed, *words)) >> 1)
+
+
+def _unit(word: np.ndarray) -> np.ndarray:
+    """uint64 to the middle of one of 2^52 equal parts of (0, 1); every value is exact in float64."""
+    return ((word >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def _words(key: ArrayLike) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Run a function on several gloo ranks inside a test: forked processes, results and tracebacks brought back.
 
-The parent imports Megatron once; a fork then costs a fraction of a second where a fresh interpreter costs ten.
-Forked children own one thread each, and are ended by their own process ids.
+The parent imports Megatron once; a fork then costs a fraction of a second where a fresh interpreter costs
+ten. Forked children own one thread each, and are ended by their own process ids.
 """
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -31,27 +32,27 @@ from megatron.core import parallel_state
 
 import copd_megatron.platform  # noqa: F401
 
-
 INHERITED: list[Any] = []
-"""Keeps the parent's process groups alive in a child: their threads were not forked, so closing them would hang."""
+"""Keeps the parent's groups alive in a child: their threads were not forked, so closing them would hang."""
 
 
 class RankError(AssertionError):
     """A rank raised, died or hung; the message carries its traceback."""
 
 
-def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0, **kwargs: Any) -> list[Any]:
+def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0,
+              **kwargs: Any) -> list[Any]:
     """Call ``fn(*args, **kwargs)`` on ``n`` forked ranks with torch.distributed (gloo) running.
 
-    ``fn`` learns its rank from ``torch.distributed.get_rank()`` or from `Groups`; it may be a closure. Torch, NumPy and
-    Python generators are seeded alike on all ranks.
+    ``fn`` learns its rank from ``torch.distributed.get_rank()`` or from `Groups`; it may be a closure. Torch,
+    NumPy and Python generators are seeded alike on all ranks.
 
     Returns:
         What each rank returned, by rank; must be picklable (tensors come back as copies).
 
     Raises:
-        RankError: a rank raised (its traceback is in the message; the other ranks are ended), died, or did not
-            return within ``timeout_s`` (the message shows where each hung).
+        RankError: a rank raised (its traceback is in the message; the other ranks are ended), died, or did
+            not return within ``timeout_s`` (the message shows where each hung).
     """
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks") as folder:
@@ -59,9 +60,10 @@ def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.
         try:
             for rank in range(n):
                 receiver, sender = context.Pipe(duplex=False)
-                child = context.Process(target=_child, args=(rank, n, Path(folder), sender, timeout_s, fn, args, kwargs))
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", DeprecationWarning)  # "multi-threaded, use of fork() may deadlock"
+                child = context.Process(target=_child, args=(rank, n, Path(folder), sender, timeout_s,
+                                                             fn, args, kwargs))
+                with warnings.catch_warnings():  # "multi-threaded, use of fork() may lead to deadlocks"
+                    warnings.simplefilter("ignore", DeprecationWarning)
                     child.start()
                 sender.close()
                 children[receiver] = rank, child
@@ -119,22 +121,27 @@ def _child(rank: int, size: int, folder: Path, sender: Connection, timeout_s: fl
 def _start(rank: int, size: int, folder: Path, timeout_s: float) -> None:
     """Make this process rank ``rank``, whatever the parent had running."""
     torch.set_num_threads(1)
-    if dist.is_initialized():
-        _forget_parent_groups()
+    _forget_parent_groups()
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size,
-                            timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), size), rank=rank,
+                            world_size=size, timeout=timedelta(seconds=timeout_s))
 
 
 def _forget_parent_groups() -> None:
-    """Let torch.distributed and Megatron start afresh in a child whose parent runs them (a world of one rank)."""
+    """Let a child start afresh although its parent runs, or ran, torch.distributed (a world of one rank).
+
+    Megatron keeps some groups in its globals even after ``destroy_model_parallel``.
+    """
+    gc.freeze()  # nothing of the parent's is collected here, for the reason given at INHERITED
     c10d = dist.distributed_c10d
     INHERITED.append((c10d._world, dict(c10d._world.pg_map), vars(parallel_state).copy()))
     parallel_state.destroy_model_parallel()
+    if not dist.is_initialized():
+        return
     torch._C._distributed_c10d._unregister_all_process_groups()
     c10d._world = c10d._World()
     c10d._update_default_pg(None)
