@@ -89,7 +89,7 @@ def _strip_wrappers(text: str) -> str:
         before = text
         text = text.removesuffix(".").rstrip()
         for left, right in _WRAPPERS:
-            if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
+            if text.startswith(left) and text.endswith(right) and len(text) >= len(left) + len(right):
                 text = text[len(left):-len(right)].strip()
                 break
         text = text.strip("*").strip()
@@ -153,9 +153,10 @@ def elements_in(value: Any) -> frozenset[Fraction | str]:
         parts = [str(part) for part in value]
     else:
         text = _plain(re.sub(r"\\(?:left|right)?(?=[\\({}\[\])])", "", value))
-        if text and text[-1:] == _BRACKETS.get(text[:1]):
-            text = text[1:-1]
-        parts = _split_outside_brackets(text.replace(" and ", ","))
+        text = text.replace(" and ", ",")
+        parts = _split_outside_brackets(text)
+        if len(parts) == 1 and text and text[-1:] == _BRACKETS.get(text[:1]):
+            parts = _split_outside_brackets(text[1:-1])
     return frozenset(number if (number := number_in(part)) is not None else normal_text(part)
                      for part in parts if part.strip())
 

@@ -94,7 +94,7 @@ class RowFormat:
         except ValueError as error:
             raise FieldError("answer", str(error)) from error
         sources = {kind: _source_list(value[field]) for kind, field in _FIELD_OF.items()}
-        messages = _messages(value["prompt"], value["messages"], split_tags=any(sources.values()))
+        messages = _messages(value["prompt"], value["messages"], has_media=any(sources.values()))
         media = _place_media(messages, sources)
         if self.instruction:
             _append_text(messages[-1], self.instruction)
@@ -120,7 +120,7 @@ def _source_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _messages(prompt: Any, messages: Any, *, split_tags: bool) -> list[Message]:
+def _messages(prompt: Any, messages: Any, *, has_media: bool) -> list[Message]:
     """A new list of checked messages from whichever of the two fields is given."""
     if prompt is not None and messages is not None:
         raise FieldError("messages", "prompt and messages were both given; allowed is one of them")
@@ -133,11 +133,11 @@ def _messages(prompt: Any, messages: Any, *, split_tags: bool) -> list[Message]:
     if not isinstance(chat, list) or not chat:
         raise FieldError(field, f"{str(chat)[:60]!r} was given; allowed is a text (prompt) or a list of "
                                 "messages")
-    checked = [_message(given, f"message {number}", field, split_tags) for number, given in enumerate(chat)]
+    checked = [_message(given, f"message {number}", field, has_media) for number, given in enumerate(chat)]
     if checked[-1]["role"] not in ("user", "tool"):
         raise FieldError(field, f"the last message is the {checked[-1]['role']}'s; allowed is the user's: "
                                 "the assistant's turn is what the experts write")
-    if not any(_texts(message) for message in checked):
+    if not has_media and not any(_texts(message).strip() for message in checked):
         raise FieldError(field, "empty; it needs a text")
     return checked
 
