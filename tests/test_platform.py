@@ -27,8 +27,10 @@ from support.ranks import run_ranks
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched where CUDA exists")
 
-ARGUMENTS = {"tensor": ([1.0],), "as_tensor": ([1.0],), "full": ((2,), 1.0), "arange": (3,), "linspace": (0, 1, 3),
-             "eye": (2,), "randint": (5, (2,)), "randperm": (3,), "full_like": (torch.zeros(2), 1.0)}
+ARGUMENTS = {
+    "tensor": ([1.0],), "as_tensor": ([1.0],), "full": ((2,), 1.0), "arange": (3,), "linspace": (0, 1, 3),
+    "eye": (2,), "randint": (5, (2,)), "randperm": (3,), "full_like": (torch.zeros(2), 1.0),
+}
 
 
 def arguments(name):
@@ -41,14 +43,14 @@ def make_groups(tp=1, pp=1):
 
 
 def make_config(groups, **changes):
-    settings = dict(num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2,
-                    ffn_hidden_size=32, use_cpu_initialization=True, normalization="RMSNorm",
-                    gated_linear_unit=True,
-                    activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0,
-                    attention_dropout=0.0, pipeline_dtype=torch.float32, gradient_accumulation_fusion=False,
-                    bias_dropout_fusion=False, bias_activation_fusion=False, apply_rope_fusion=False,
-                    masked_softmax_fusion=False, persist_layer_norm=False,
-                    tensor_model_parallel_size=groups.layout.tp, pipeline_model_parallel_size=groups.layout.pp)
+    settings = dict(
+        num_layers=2, hidden_size=16, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=32,
+        use_cpu_initialization=True, normalization="RMSNorm", gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0,
+        attention_dropout=0.0, pipeline_dtype=torch.float32, gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False, bias_activation_fusion=False, apply_rope_fusion=False,
+        masked_softmax_fusion=False, persist_layer_norm=False, tensor_model_parallel_size=groups.layout.tp,
+        pipeline_model_parallel_size=groups.layout.pp)
     return TransformerConfig(**(settings | changes))
 
 
