@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 MEDIA_PROMPTS = 2
 """Prompts per (phase, expert, domain) and file whose first image or video is kept: what reports show."""
 
+ROWS_PER_GROUP = 256
+"""Small row groups let a report read a few rows of a large file."""
+
 SCHEMA = pa.schema([
     ("step", pa.int32()),
     ("phase", pa.string()),
@@ -98,7 +101,7 @@ class RolloutWriter:
         partial = path.with_name(path.name + ".tmp")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, partial, compression="zstd")
+            pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)

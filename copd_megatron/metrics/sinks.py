@@ -124,7 +124,7 @@ class TensorBoardSink:
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
         """On resume TensorBoard is told to hide the events of steps after ``resume_step``."""
-        if importlib.util.find_spec("tensorboard") is None:
+        if not _installed("tensorboard"):
             raise UserError("metrics.tensorboard: true, but the package tensorboard is not installed; "
                             "pip install tensorboard, or set metrics.tensorboard=false")
         from torch.utils.tensorboard import SummaryWriter  # 2 s to import: only where it is used
@@ -179,6 +179,13 @@ class WandbSink:
 
 def check_wandb(mode: str) -> None:
     """UserError if W&B is asked for and its package is missing; cheap enough for every rank."""
-    if mode != "off" and importlib.util.find_spec("wandb") is None:
+    if mode != "off" and not _installed("wandb"):
         raise UserError(f"metrics.wandb: {mode!r} needs the package wandb, which is not installed; "
                         'pip install "copd_megatron[wandb]", or set metrics.wandb=off')
+
+
+def _installed(package: str) -> bool:
+    """Whether ``package`` can be imported; a mere folder of that name (W&B leaves ``wandb/`` behind) does not
+    count, although Python takes it for a namespace package."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
