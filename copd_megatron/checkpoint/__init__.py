@@ -1,0 +1,1 @@
+"""Saves, exports and imports: Megatron's distributed checkpoints, PEFT folders, Hugging Face directories."""

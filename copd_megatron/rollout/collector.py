@@ -1,0 +1,92 @@
+"""From prompts to graded completions: the engine samples, environments answer, verifiers grade.
+
+Grading runs on one rank of a replica and is broadcast: a reward function may be slow, random or remote.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from copd_megatron.model.prompt import PromptEncoder
+from copd_megatron.parallel.collectives import broadcast_object
+from copd_megatron.parallel.groups import Groups
+from copd_megatron.rollout.engine import Request, RolloutEngine, SamplingParams, VisualSource
+from copd_megatron.tasks.base import Task, environment_of
+from copd_megatron.tasks.rewards import Scorer
+from copd_megatron.types import Completion, Segment
+
+MAX_TURNS = 16
+"""Turns of the policy in one episode."""
+
+
+class Collector:
+    """Samples and grades completions; the same result on every rank of a replica."""
+
+    def __init__(self, engine: RolloutEngine, encoder: PromptEncoder, tasks: Mapping[str, Task],
+                 scorers: Mapping[str, Scorer], visual: VisualSource, groups: Groups):
+        self.engine, self.encoder, self.tasks, self.scorers = engine, encoder, tasks, scorers
+        self.visual, self.groups = visual, groups
+
+    def collect(self, requests: Sequence[Request], graded: Callable[[Request], bool] = lambda r: True,
+                ) -> list[list[Completion]]:
+        """One group of completions per request, in order, with text, and with reward where ``graded``."""
+        groups = self.engine.generate(requests, self.visual)
+        self._continue_episodes(requests, groups)
+        for group in groups:
+            for completion in group:
+                completion.text = self.encoder.decode(completion.token_ids)
+        self._grade([c for r, group in zip(requests, groups) if graded(r) for c in group])
+        return groups
+
+    def _continue_episodes(self, requests: Sequence[Request], groups: list[list[Completion]]) -> None:
+        """Let environments answer and the policy go on, until every episode is over or out of tokens."""
+        for _ in range(MAX_TURNS - 1):
+            again: list[tuple[Request, list[Completion], int]] = []
+            for request, group in zip(requests, groups):
+                if environment_of(self.tasks.get(request.prompt.domain)) is None:
+                    continue
+                for place, completion in enumerate(group):
+                    turn = self._environment_turn(request, completion)
+                    if turn is not None:
+                        again.append((turn, group, place))
+            if not again:
+                return
+            for (_, group, place), (longer,) in zip(again, self.engine.generate([r for r, _, _ in again], self.visual)):
+                group[place] = longer
+
+    def _environment_turn(self, request: Request, completion: Completion) -> Request | None:
+        """The request that continues an episode, or None when it is over."""
+        if completion.finish != "stop" or completion.segments[-1].origin != "policy":
+            return None
+        turns = [self.encoder.decode(s.token_ids) for s in completion.segments]
+        answer = environment_of(self.tasks[request.prompt.domain]).respond(request.prompt.item, turns)
+        if answer is None:
+            return None
+        segments = (*completion.segments, Segment(self.encoder.tokenize(answer), "environment"))
+        used = sum(len(s.token_ids) for s in segments)
+        if used >= request.params.max_tokens:
+            return None
+        params = dataclasses.replace(request.params, max_tokens=request.params.max_tokens - used)
+        return dataclasses.replace(request, samples=1, sample_offset=completion.sample, prior=segments, params=params)
+
+    def _grade(self, completions: Sequence[Completion]) -> None:
+        grades = None
+        if self.groups.is_replica_main:
+            grades = [None] * len(completions)
+            domains: dict[str, list[int]] = {}
+            for place, completion in enumerate(completions):
+                domains.setdefault(completion.prompt.domain, []).append(place)
+            for domain, places in domains.items():
+                results = self.scorers[domain].score([completions[i].prompt.item for i in places],
+                                                     [completions[i].text for i in places])
+                for place, result in zip(places, results):
+                    grades[place] = result
+        grades = broadcast_object(grades, self.groups.first_rank, self.groups.replica)
+        for completion, (reward, parts, extracted) in zip(completions, grades):
+            completion.reward, completion.reward_parts, completion.extracted = reward, dict(parts), extracted
+
+
+def sampling_params(config, encoder: PromptEncoder) -> SamplingParams:
+    """Training's sampling settings from ``RolloutConfig``."""
+    return SamplingParams(temperature=config.temperature, top_p=config.top_p, greedy=False,
+                          max_tokens=config.max_completion_tokens, stop_token_ids=encoder.stop_token_ids)

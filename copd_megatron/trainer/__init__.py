@@ -1,0 +1,1 @@
+"""The CoPD loop: everything below comes together here."""

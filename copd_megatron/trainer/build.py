@@ -1,0 +1,148 @@
+"""The composition root: a config becomes a trainer. Values travel up through here; rooms do not meet elsewhere."""
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from copd_megatron.checkpoint.manager import CheckpointManager, RunState
+from copd_megatron.checkpoint.peft import load_peft_adapter
+from copd_megatron.config.loading import resolve_object, to_json
+from copd_megatron.config.run import RunConfig
+from copd_megatron.exchange.schedule import Schedule
+from copd_megatron.metrics.progress import make_progress
+from copd_megatron.metrics.recorder import Recorder
+from copd_megatron.metrics.rollout_writer import RolloutWriter
+from copd_megatron.metrics.sinks import replace_file
+from copd_megatron.metrics.timers import Timers
+from copd_megatron.model.backbone import DTYPES, Backbone, Visual
+from copd_megatron.model.prompt import PromptEncoder
+from copd_megatron.model.translate import check_backbone, load_backbone_weights
+from copd_megatron.model.vision import VisionTower, stage_needs_features
+from copd_megatron.parallel.groups import Groups, init_distributed
+from copd_megatron.parallel.layout import Layout
+from copd_megatron.parallel.placement import Placement
+from copd_megatron.platform import device, setup_platform
+from copd_megatron.rollout.collector import Collector, sampling_params
+from copd_megatron.rollout.megatron_engine import MegatronEngine
+from copd_megatron.tasks.base import Task
+from copd_megatron.tasks.loading import build_task
+from copd_megatron.tasks.rewards import Scorer
+from copd_megatron.trainer.evaluate import Evaluator
+from copd_megatron.trainer.forward import Runner
+from copd_megatron.trainer.learner import Learner
+from copd_megatron.trainer.milestones import Milestones
+from copd_megatron.trainer.opd_phase import CrossBatch
+from copd_megatron.trainer.optimizer import ExpertOptimizer
+from copd_megatron.trainer.prompts import PromptSource
+from copd_megatron.trainer.rlvr_phase import NativeBatch
+from copd_megatron.trainer.scoring import REFERENCE, Scoring
+from copd_megatron.trainer.trainer import Trainer
+from copd_megatron.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Policies:
+    """The model side of a run: what sampling, scoring and evaluation need, without training."""
+
+    groups: Groups
+    backbone: Backbone
+    runner: Runner
+    encoder: PromptEncoder
+    tasks: dict[str, Task]
+    source: PromptSource
+    collector: Collector
+
+
+def build_policies(config: RunConfig) -> Policies:
+    """Check everything that can be checked without weights, then load the backbone and add fresh experts.
+
+    Raises:
+        UserError: a backbone, task, layout or option that does not fit, before any weight is read.
+    """
+    setup_platform()
+    spec = check_backbone(config.model.path)
+    encoder = PromptEncoder(config.model.path)
+    if config.adapter.scope == "completion":
+        encoder.invocation_token_ids  # noqa: B018  (raises when the chat template has none)
+    tasks = {name: build_task(expert, name) for name, expert in config.experts.items()}
+    scorers = {name: Scorer(tasks[name], expert.rewards, f"experts.{name}.rewards")
+               for name, expert in config.experts.items()}
+    init_distributed(config.parallel)
+    layout = Layout.fit(torch.distributed.get_world_size(), config.parallel.tensor, config.parallel.pipeline)
+    spec.check_parallel(layout.tp, layout.pp)
+    groups = Groups.create(layout, Placement.build(list(config.experts), layout.replicas),
+                           timeout_s=config.parallel.timeout_s)
+    source = PromptSource(tasks, encoder, config.seed, config.rollout.max_prompt_tokens)
+    backbone = Backbone(spec, groups, config.model, config.adapter)
+    load_backbone_weights(backbone, config.model.path)
+    backbone.eval()
+    for expert in groups.hosted:
+        backbone.bank.add_expert(expert, config.seed)
+    if config.rlvr.kl_coef and config.rlvr.kl_reference != "backbone":
+        load_peft_adapter(backbone.bank, REFERENCE, Path(config.rlvr.kl_reference))
+    visual = _visual_features(config, backbone)
+    engine = MegatronEngine(backbone, groups, config.rollout, config.seed)
+    collector = Collector(engine, encoder, tasks, scorers, visual, groups)
+    return Policies(groups, backbone, Runner(backbone, groups, visual), encoder, tasks, source, collector)
+
+
+def _visual_features(config: RunConfig, backbone: Backbone) -> Callable[[Sequence[Prompt]], Visual | None]:
+    """The vision tower on stages that read its features; elsewhere nothing."""
+    if not stage_needs_features(backbone.spec, backbone.layer_range):
+        return lambda prompts: None
+    return VisionTower(config.model.path, DTYPES[config.model.dtype], device()).features
+
+
+def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Trainer:
+    """Everything of a run, ready for ``run()``; with ``resume`` from its newest complete save."""
+    policies = build_policies(config)
+    groups, runner, bank = policies.groups, policies.runner, policies.backbone.bank
+    schedule = Schedule.build(config.schedule, config.exchange, config.opd, list(config.experts), resolve_object)
+    optimizers = {e: ExpertOptimizer(e, bank, groups, config.optimizer) for e in groups.hosted}
+    state = RunState(bank=bank, optimizers=optimizers, config_json=to_json(config))
+    checkpoints = CheckpointManager(run_dir, config.checkpoint, groups, Path(config.model.path), config.adapter,
+                                    policies.encoder)
+    if resume:
+        checkpoints.load_latest(state)
+    first = state.step if resume else None
+    params = sampling_params(config.rollout, policies.encoder)
+    native = NativeBatch(policies.source, groups, config.rollout, config.rlvr, params)
+    cross = CrossBatch(policies.source, groups, config.rollout, config.opd, native, params)
+    budget = config.optimizer.microbatch_tokens
+    scoring = Scoring(runner, groups, cross, config.rlvr, config.opd, config.rollout, budget)
+    learner = Learner(runner, groups, optimizers, config.rlvr, config.opd, config.rollout, budget)
+    milestones = _milestones(config, run_dir, policies, state, checkpoints, schedule.total_steps, first)
+    return Trainer(config, groups, runner, policies.collector, native, cross, scoring, learner, schedule, milestones,
+                   milestones.timers, state.step)
+
+
+def _milestones(config: RunConfig, run_dir: Path, policies: Policies, state: RunState,
+                checkpoints: CheckpointManager, total_steps: int, first: int | None) -> Milestones:
+    groups, encoder = policies.groups, policies.encoder
+    if groups.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        replace_file(run_dir / "config.json", state.config_json.encode())
+    progress = make_progress(config.metrics.progress if groups.is_main else "off", experts=list(config.experts),
+                             total_steps=total_steps, first_step=state.step)
+    timers = Timers(torch.cuda.synchronize if torch.cuda.is_available() else None, progress.phase)
+    recorder = Recorder(run_dir, config.metrics, first, writes=groups.is_main, run_config=_plain(state.config_json))
+    speaks = groups.is_last_stage and groups.coords.tp == 0
+    rollouts = RolloutWriter(run_dir, lambda ids: encoder.decode(ids, skip_special_tokens=False),
+                             enabled=config.metrics.rollouts, resume_step=first, shard=groups.coords.replica,
+                             shards=groups.layout.replicas, on_failure=recorder.count_failure) if speaks else None
+    evaluator = Evaluator(policies.collector, policies.source, groups, config.evaluation,
+                          config.rollout.max_completion_tokens, encoder.stop_token_ids)
+    return Milestones(config, run_dir, groups, state, evaluator, checkpoints, recorder, rollouts, progress, timers)
+
+
+def _plain(config_json: str) -> dict[str, Any]:
+    import json
+
+    return json.loads(config_json)

@@ -1,0 +1,68 @@
+"""Packs through the backbone with Megatron's schedules: one stage or many, with or without backward."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
+from torch import Tensor
+
+from copd_megatron.model.backbone import Backbone, Visual
+from copd_megatron.model.shared_prefix import Pack, build_pack
+from copd_megatron.parallel.groups import Groups
+from copd_megatron.platform import device
+from copd_megatron.trainer.batching import Microbatch
+from copd_megatron.types import Prompt
+
+T = TypeVar("T")
+AtEnd = Callable[[Tensor, Pack, Microbatch], tuple[Tensor | None, Any]]
+"""(hidden [N, H], pack, microbatch) -> (loss to differentiate, or None; what to return)."""
+
+
+class Runner:
+    """Runs microbatches and counts the tokens it computed."""
+
+    def __init__(self, backbone: Backbone, groups: Groups, visual: Callable[[Sequence[Prompt]], Visual | None]):
+        self.backbone, self.groups, self.visual = backbone, groups, visual
+        self.tokens, self.naive_tokens = 0, 0
+
+    def score(self, microbatches: Sequence[Microbatch], at_end: AtEnd) -> list[Any]:
+        """Forward only. Returns what ``at_end`` returned per microbatch on the last stage, [] elsewhere."""
+        with torch.no_grad():
+            return self._run(microbatches, at_end, forward_only=True)
+
+    def train(self, microbatches: Sequence[Microbatch], at_end: AtEnd) -> list[Any]:
+        """Forward and backward; gradients add up in the adapters. Returns as ``score``."""
+        return self._run(microbatches, at_end, forward_only=False)
+
+    def _run(self, microbatches: Sequence[Microbatch], at_end: AtEnd, forward_only: bool) -> list[Any]:
+        if not microbatches:
+            return []
+
+        def forward_step(iterator, model):
+            batch = next(iterator)
+            pack = build_pack(batch.groups, model.rules, device())
+            self.tokens += pack.upper.tokens
+            self.naive_tokens += pack.naive_tokens
+            out = model(pack, self.visual(pack.prompts))
+
+            def loss_of(hidden):
+                loss, result = at_end(hidden, pack, batch)
+                # A loss that needs no gradient (a microbatch of masked tokens only) still closes the graph.
+                loss = hidden.sum() * 0 if loss is None else loss
+                return loss, torch.zeros((), dtype=torch.int, device=hidden.device), result
+
+            return out, loss_of
+
+        common = dict(forward_step_func=forward_step, data_iterator=iter(microbatches), model=self.backbone,
+                      num_microbatches=len(microbatches), seq_length=1, micro_batch_size=1,
+                      forward_only=forward_only, pg_collection=self.groups.pg_collection)
+        if self.groups.layout.pp == 1:
+            return forward_backward_no_pipelining(**common)
+        return forward_backward_pipelining_without_interleaving(
+            p2p_communicator=P2PCommunicator(self.groups.pp, self.backbone.config), **common)

@@ -1,0 +1,90 @@
+"""One AdamW and one schedule per expert, gradients reduced in its adapter group only.
+
+AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101. Learning rate: linear warm-up, then constant.
+"""
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from copd_megatron.config.trainer import OptimizerConfig
+from copd_megatron.model.adapter_bank import AdapterBank
+from copd_megatron.parallel.groups import Groups
+
+
+class ExpertOptimizer:
+    """Updates one expert's adapters on the ranks that host it."""
+
+    def __init__(self, expert: str, bank: AdapterBank, groups: Groups, config: OptimizerConfig):
+        self.expert, self.groups, self.config = expert, groups, config
+        self.parameters = bank.parameters_of(expert)
+        self.updates = 0
+        self.adamw = torch.optim.AdamW(self.parameters.values(), lr=config.lr, betas=config.betas, eps=config.eps,
+                                       weight_decay=config.weight_decay)
+
+    def learning_rate(self) -> float:
+        """Of the next update: lr x min(1, (updates + 1) / warmup_steps)."""
+        warmup = self.config.warmup_steps
+        return self.config.lr * min(1.0, (self.updates + 1) / warmup) if warmup else self.config.lr
+
+    def zero_grad(self) -> None:
+        """Drop gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def step(self) -> dict[str, float]:
+        """Reduce, clip, update. Every rank that hosts the expert calls it.
+
+        Returns:
+            grad_norm (before clipping) and lr.
+        """
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
+        for parameter, grad in zip(self.parameters.values(), grads):
+            parameter.grad = grad
+        self._reduce(grads)
+        norm = self._norm(grads)
+        clip = torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0)
+        torch._foreach_mul_(grads, clip)
+        lr = self.learning_rate()
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.updates += 1
+        return {"grad_norm": float(norm), "lr": lr}
+
+    def _reduce(self, grads: list[Tensor]) -> None:
+        """Sum over the expert's replicas, in one flat message."""
+        group = self.groups.adapter[self.expert]
+        if dist.get_world_size(group) == 1 or not grads:
+            return
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat, group=group)
+        for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
+            grad.copy_(piece.view_as(grad))
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        """Global norm: split factors summed over TP, replicated ones counted once, summed over PP."""
+        split = grads[0].new_zeros(()) if grads else torch.zeros(())
+        whole = torch.zeros_like(split)
+        for parameter, grad in zip(self.parameters.values(), grads):
+            if parameter.tp_dim is None:
+                whole += grad.pow(2).sum()
+            else:
+                split += grad.pow(2).sum()
+        if self.groups.layout.tp > 1:
+            dist.all_reduce(split, group=self.groups.tp)
+        total = split + whole
+        if self.groups.layout.pp > 1:
+            dist.all_reduce(total, group=self.groups.pp)
+        return total.sqrt()
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Adam moments by parameter name: {"layers.0...lora_A": {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
+        return {name: dict(self.adamw.state[p]) for name, p in self.parameters.items() if p in self.adamw.state}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]], updates: int) -> None:
+        """Inverse of ``state_dict``; parameters without state start afresh."""
+        self.updates = updates
+        for name, moments in state.items():
+            self.adamw.state[self.parameters[name]] = dict(moments)
