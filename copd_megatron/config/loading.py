@@ -6,7 +6,6 @@ raised before any weight is loaded.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import re
@@ -22,8 +21,8 @@ from pydantic import ValidationError
 
 from copd_megatron.config.errors import explain
 from copd_megatron.config.overrides import overridden_tree
+from copd_megatron.config.reference import import_reference
 from copd_megatron.config.run import RunConfig
-from copd_megatron.config.schema import nearest
 from copd_megatron.config.section import Section
 from copd_megatron.types import Edge, UserError
 
@@ -236,26 +235,12 @@ def resolve_object(name: str, field: str = "object") -> Any:
     Raises:
         UserError: the form is wrong, the module cannot be imported, or has no such name.
     """
-    module_name, colon, qualified_name = name.partition(":")
-    if not (module_name and colon and qualified_name):
-        raise UserError(
-            f'{field}: {name!r}; allowed: "pkg.module:Name"; write module and name with a colon between'
-        )
     try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{field}: {name!r}: no module {error.name!r}; a module on the Python path or beside the recipe; "
-            "install its package or set PYTHONPATH"
-        ) from error
+        return import_reference(name)
+    except ValueError as error:
+        raise UserError(f"{field}: {error}") from error
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"{field}: {name!r}: importing it failed with {type(error).__name__}: {error}"
+            f"{field}: {name!r} was given; importing it failed with {reason}; mend the module"
         ) from error
-    for part in qualified_name.split("."):
-        if not hasattr(found, part):
-            names = [known for known in dir(found) if not known.startswith("__")]
-            hint = f"; nearest: {nearest(part, names)}" if names else ""
-            raise UserError(f"{field}: {name!r}: {module_name} has no {part!r}{hint}")
-        found = getattr(found, part)
-    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +37,30 @@ def train(options: argparse.Namespace) -> int:
 
     trainer = build_trainer(config, run_dir, options.resume)
     if is_first_rank():
-        run_folder.record_launch(run_dir, options.recipe, options.overrides)
+        _record_start(run_dir, options, resume_step=trainer.step if options.resume else None)
     trainer.run()
     return 0
+
+
+def _record_start(run_dir: Path, options: argparse.Namespace, resume_step: int | None) -> None:
+    """Add this start to run.json: the recipe, the overrides, on how much of what."""
+    import torch
+
+    from copd_megatron.metrics.run_info import write_run_info
+
+    world_size = torch.distributed.get_world_size()
+    if torch.cuda.is_available():
+        device = f"{world_size} x {torch.cuda.get_device_name()}"
+    else:
+        device = f"cpu, {len(os.sched_getaffinity(0))} cores"
+    write_run_info(
+        run_dir,
+        recipe=str(Path(options.recipe).resolve()),
+        arguments=options.overrides,
+        world_size=world_size,
+        device=device,
+        resume_step=resume_step,
+    )
 
 
 def preview(options: argparse.Namespace) -> int:
@@ -64,11 +86,12 @@ def evaluate(options: argparse.Namespace) -> int:
         config = run_folder.config_of(run_dir)
     config = apply_overrides(config, [*options.overrides, *_evaluation_overrides(options)])
     _prepare()
+    from copd_megatron.metrics.accuracy import policy_table_text
     from copd_megatron.trainer.evaluate import evaluate_run
 
     results = evaluate_run(config, run_dir)
     if is_first_rank():
-        print(_policy_table(results))
+        print(policy_table_text(results))
         if options.json:
             Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
     return 0
@@ -77,26 +100,6 @@ def evaluate(options: argparse.Namespace) -> int:
 def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
     given = {"final_prompts": options.prompts, "samples": options.samples, "greedy": options.greedy}
     return [f"evaluation.{field}={json.dumps(value)}" for field, value in given.items() if value is not None]
-
-
-def _policy_table(results: dict[str, Any]) -> str:
-    """Accuracy of every policy on every domain.
-
-    ``results`` is a record of evaluations.jsonl: {"policies": {policy: {domain: {"avg", "n", ...}}}, "mode",
-    "samples"}.
-    """
-    policies = results["policies"]
-    domains = list(dict.fromkeys(domain for scores in policies.values() for domain in scores))
-    rows = [
-        [policy, *(f"{100 * scores[domain]['avg']:.1f}" if domain in scores else "" for domain in domains)]
-        for policy, scores in policies.items()
-    ]
-    counts = sorted({scores["n"] for by_domain in policies.values() for scores in by_domain.values()})
-    return (
-        format_table(["accuracy %", *domains], rows)
-        + f"\n{results['mode']}, {results['samples']} sample(s) of each of {' or '.join(map(str, counts))} "
-        "held-out prompts per domain"
-    )
 
 
 def report(options: argparse.Namespace) -> int:

@@ -1,22 +1,16 @@
 """The run folder as the command line sees it: may a run start here, who started it, how is it read back.
 
-``launch.json`` holds one record per start (recipe, overrides, version); it is what lets ``copd eval RUN``
-resolve names of modules that lie beside the recipe.
+``run.json`` names the recipe; that lets ``copd eval RUN`` resolve names of modules that lie beside it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
-from copd_megatron import __version__
 from copd_megatron.config.loading import add_import_folder, load_config
 from copd_megatron.config.run import RunConfig
 from copd_megatron.types import UserError
-
-LAUNCHES = "launch.json"
 
 
 def check_startable(run_dir: Path, resume: bool) -> None:
@@ -58,25 +52,9 @@ def existing_run(folder: str | Path) -> Path:
     return run_dir
 
 
-def record_launch(run_dir: Path, recipe: str | Path, overrides: Sequence[str]) -> None:
-    """Append this start to ``launch.json``."""
-    record = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": __version__,
-        "recipe": str(Path(recipe).resolve()),
-        "overrides": list(overrides),
-    }
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / LAUNCHES).write_text(json.dumps([*_launches(run_dir), record], indent=2) + "\n")
-
-
-def _launches(run_dir: Path) -> list[dict]:
-    file = run_dir / LAUNCHES
-    return json.loads(file.read_text()) if file.exists() else []
-
-
 def config_of(run_dir: Path) -> RunConfig:
     """The configuration a run was started with; its recipe's folder becomes importable, as it was then."""
-    for launch in _launches(run_dir)[-1:]:
-        add_import_folder(Path(launch["recipe"]).parent)
+    info = run_dir / "run.json"
+    if info.exists():
+        add_import_folder(Path(json.loads(info.read_text())["recipe"]).parent)
     return load_config(run_dir / "config.json")

@@ -6,6 +6,7 @@ transformer_engine), never a cycle. Which folder is on which floor is explained 
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,21 @@ FREE_OF = {
 }
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def code_of(path: Path) -> str:
+    """The file without comments and without strings that stand alone at module level."""
+    return "\n".join(
+        ast.unparse(node)
+        for node in tree_of(path).body
+        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    )
+
+
 def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
@@ -80,7 +96,7 @@ def folder_of(path: Path) -> str:
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of everything imported anywhere in a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{relative(path)}:{node.lineno}: use absolute imports"
             for alias in node.names:
@@ -119,12 +135,12 @@ def test_imports_go_down(path):
 def test_file_is_short_and_says_what_it_is(path):
     text = path.read_text()
     assert text.count("\n") <= LINE_LIMIT, f"{relative(path)}: split it"
-    assert ast.get_docstring(ast.parse(text)), f"{relative(path)}: no module docstring"
+    assert ast.get_docstring(tree_of(path)), f"{relative(path)}: no module docstring"
 
 
 @every_source
 def test_functions_fit_a_screen(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.lineno + 1
             assert length <= FUNCTION_LIMIT, (
@@ -138,7 +154,7 @@ def test_functions_fit_a_screen(path):
 def test_packages_re_export_nothing(path):
     # Beside the docstring: the version of the whole package. A kernel's __init__ is its contract and may hold
     # code.
-    for node in ast.parse(path.read_text()).body[1:]:
+    for node in tree_of(path).body[1:]:
         assert isinstance(node, ast.Assign) and node.targets[0].id == "__version__", (
             f"{relative(path)}:{node.lineno}"
         )
@@ -150,12 +166,7 @@ def test_word_has_one_home(word):
         inside = path.relative_to(
             ROOT / PACKAGE if PACKAGE in path.relative_to(ROOT).parts else ROOT
         ).as_posix()
-        code = "\n".join(
-            ast.unparse(node)
-            for node in ast.parse(path.read_text()).body
-            if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-        )
-        if word in code:
+        if word in code_of(path):
             homes = ONLY_IN[word]
             assert any(
                 inside == home or (home.endswith("/") and inside.startswith(home)) for home in homes

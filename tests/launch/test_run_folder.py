@@ -1,12 +1,12 @@
 """Run folders: nothing is written over, starts are recorded, runs are read back with their neighbours."""
 
-import json
 import sys
 
 import pytest
 
 from copd_megatron.config.loading import load_recipe, resolve_object, to_json
-from copd_megatron.launch.run_folder import check_startable, config_of, existing_run, record_launch
+from copd_megatron.launch.run_folder import check_startable, config_of, existing_run
+from copd_megatron.metrics.run_info import write_run_info
 from copd_megatron.types import UserError
 
 RECIPE = """
@@ -56,11 +56,8 @@ def test_run_is_read_back_with_its_recipes_neighbours(tmp_path, monkeypatch):
     (lab / "folder_neighbour.py").write_text("class Puzzle:\n    pass\n")
     (lab / "folder_recipe.py").write_text(RECIPE)
     config = load_recipe(lab / "folder_recipe.py")
-    record_launch(run_dir, lab / "folder_recipe.py", ["seed=1"])
-    record_launch(run_dir, lab / "folder_recipe.py", [])
+    write_run_info(run_dir, recipe=str(lab / "folder_recipe.py"), arguments=[], world_size=1, device="cpu")
     (run_dir / "config.json").write_text(to_json(config))
-    starts = json.loads((run_dir / "launch.json").read_text())
-    assert [start["overrides"] for start in starts] == [["seed=1"], []]
 
     # As in a new process: neither the folder nor its modules are known.
     sys.path.remove(str(lab))
