@@ -66,8 +66,9 @@ def mean_accuracy(cells: Mapping[str, Cell], domains: list[str]) -> float | None
 def policy_table(source: Mapping[str, Any], *, width: int = 110, plain: bool = False) -> Table:
     """A rich table of ``accuracies(source)`` in percent, the best of each column in bold.
 
-    Cells show the accuracy, the 95 % interval and the difference to ``base`` in points; on less than ``width``
-    columns the interval goes first, then the difference, then the single domains. ``plain`` draws with ASCII only.
+    Cells show the accuracy, the 95 % interval and the difference to ``base`` in points; on less than
+    ``width`` columns the interval goes first, then the difference, then the single domains. ``plain`` draws
+    with ASCII only.
     """
     for detail in ("interval", "gain", "bare", "brief"):
         table = _table(source, detail, plain)
@@ -78,7 +79,8 @@ def policy_table(source: Mapping[str, Any], *, width: int = 110, plain: bool = F
 
 def policy_table_text(source: Mapping[str, Any], width: int = 110) -> str:
     """The same table as plain ASCII lines without trailing space, for log files."""
-    console = Console(width=width, no_color=True, force_terminal=False, color_system=None, legacy_windows=False)
+    console = Console(width=width, no_color=True, force_terminal=False, color_system=None,
+                      legacy_windows=False)
     with console.capture() as capture:
         console.print(policy_table(source, width=width, plain=True))
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
@@ -104,7 +106,7 @@ def _table(source: Mapping[str, Any], detail: str, plain: bool) -> Table:
 
 
 def _columns(cells: Accuracies, brief: bool) -> dict[str, dict[str, float]]:
-    """Column -> policy -> accuracy: one per domain and the mean; brief: each expert's own domain and the mean."""
+    """Column -> policy -> accuracy: a column per domain and the mean; brief: own domain and mean."""
     domains = domains_of(cells)
     columns = {d: {p: row[d].avg for p, row in cells.items() if d in row} for d in domains}
     if brief:

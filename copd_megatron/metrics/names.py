@@ -98,11 +98,11 @@ _EDGE = (
     Metric("edge/{teacher}->{student}/delta_mean", "Mean of delta; minus the k1 estimate of "
            "KL(student || teacher).", "nats", "at most 0 up to noise, towards 0 in an OPD phase",
            "Falls over cycles: the experts drift apart; more `schedule.opd_steps`."),
-    Metric("edge/{teacher}->{student}/beta_delta_abs", "Mean |beta delta|: the distillation signal's size, to "
-           "compare with the student's `advantage_abs`.", "advantage", "0.1 to 2 times |A|",
+    Metric("edge/{teacher}->{student}/beta_delta_abs", "Mean |beta delta|: the distillation signal's size, "
+           "to compare with the student's `advantage_abs`.", "advantage", "0.1 to 2 times |A|",
            "Above: the teacher drowns the reward, lower `opd.beta`. Below: the exchange does nothing."),
-    Metric("edge/{teacher}->{student}/teacher_kl", "KL(student || teacher) on the student's states: exact with "
-           "signal full, with the tail bucket for topk, the k3 estimate for sampled.", "nats per token",
+    Metric("edge/{teacher}->{student}/teacher_kl", "KL(student || teacher) on the student's states: exact "
+           "with signal full, with the tail bucket for topk, the k3 estimate for sampled.", "nats per token",
            "falls within an OPD phase", "Does not fall: raise `opd.beta` or `opd.cross_ratio`."),
     Metric("edge/{teacher}->{student}/overlap", "Top-k overlap on the student's cross batch (k of "
            "`metrics.overlap_k`).", "0 to 1", "above 0.9", "As `pair/*/overlap`."),
@@ -129,20 +129,25 @@ _WORK = (
     Metric("time/{phase}_s", "Time of one part of the step, without parts nested in it: "
            + ", ".join(TIMED_PHASES) + "; `other` is the rest.", "s", "rollout and update dominate",
            "See the stacked plot of the report for the part to speed up."),
-    Metric("time/step_s", "Wall time of the whole step.", "s", "steady", "Grows: see `length` and `truncated`."),
+    Metric("time/step_s", "Wall time of the whole step.", "s", "steady",
+           "Grows: see `length` and `truncated`."),
     Metric("tokens/{phase}_per_s", "Tokens through one part (rollout, score, update) per second of it, all "
            "ranks together.", "tokens/s", "steady",
            "Falls: long stragglers in rollout; raise `rollout.decode_lanes`."),
-    Metric("tokens/step", "Completion tokens that the step's updates saw.", "tokens", "steady", "See `length`."),
+    Metric("tokens/step", "Completion tokens that the step's updates saw.", "tokens", "steady",
+           "See `length`."),
     Metric("tokens/saved_share", "Share of token evaluations that prefix sharing made unnecessary.", "0 to 1",
-           "above 0.5 with images or video", "Near 0: prompts are short against completions; nothing is wrong."),
+           "above 0.5 with images or video",
+           "Near 0: prompts are short against completions; nothing is wrong."),
     Metric("memory/peak_bytes", "Peak memory of the busiest rank: allocated on CUDA, resident on a CPU.",
-           "bytes", "below the device's", "Near it: lower `optimizer.microbatch_tokens`, `rollout.decode_lanes`."),
+           "bytes", "below the device's",
+           "Near it: lower `optimizer.microbatch_tokens`, `rollout.decode_lanes`."),
 )
 
 _EVAL = (
-    Metric("eval/{policy}/{domain}/avg", "Held-out accuracy, mean over prompts and samples (avg@k).", "0 to 1",
-           "rises on the own domain, holds on the others", "Falls elsewhere: more OPD, see the overlap."),
+    Metric("eval/{policy}/{domain}/avg", "Held-out accuracy, mean over prompts and samples (avg@k).",
+           "0 to 1", "rises on the own domain, holds on the others",
+           "Falls elsewhere: more OPD, see the overlap."),
     Metric("eval/{policy}/{domain}/pass", "Share of held-out prompts solved by at least one sample (pass@k).",
            "0 to 1", "at least avg", "Falls while avg rises: the policy loses diversity; see `entropy`."),
     Metric("eval/{policy}/{domain}/parseable", "Share of held-out completions with a readable answer.",
@@ -220,7 +225,8 @@ def markdown_table() -> str:
     """The catalogue as Markdown, one table a group; what ``docs/metrics.md`` must contain."""
     lines: list[str] = []
     for heading, metrics in GROUPS.items():
-        lines += [f"### {heading}", "", "| name | meaning | unit | healthy | otherwise |", "|---|---|---|---|---|"]
+        lines += [f"### {heading}", "", "| name | meaning | unit | healthy | otherwise |",
+                  "|---|---|---|---|---|"]
         for m in metrics:
             cells = [f"`{m.pattern}`", m.meaning, m.unit, m.healthy, m.action]
             lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")

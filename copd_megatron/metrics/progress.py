@@ -216,9 +216,8 @@ class LiveProgress(Progress):
             for _, heading, _ in present[:count]:
                 table.add_column(heading, justify="right", no_wrap=True)
             for expert in experts:
-                cells = [form.format(self._values[f"{expert}/{name}"]) if f"{expert}/{name}" in self._values else "-"
-                         for name, _, form in present[:count]]
-                table.add_row(Text(expert), *cells)
+                values = [(self._values.get(f"{expert}/{name}"), form) for name, _, form in present[:count]]
+                table.add_row(Text(expert), *("-" if v is None else form.format(v) for v, form in values))
             if len(experts) < len(self._experts):
                 table.add_row(Text(f"+ {len(self._experts) - len(experts)} more", style="dim"))
             wide = options.update(width=1000)

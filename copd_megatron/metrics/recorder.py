@@ -1,7 +1,8 @@
 """The record of a run: every number of every step, written by one rank, continued on resume.
 
 A step is the number of updates done, counted from 1; step 0 is before training. ``metrics.jsonl`` has one
-line {"step", "phase", "time", name: value, ...} per call of ``log``; ``evaluations.jsonl`` one per evaluation.
+line {"step", "phase", "time", name: value, ...} per call of ``log``; ``evaluations.jsonl`` has one line per
+evaluation.
 """
 from __future__ import annotations
 
@@ -23,18 +24,20 @@ log = logging.getLogger(__name__)
 class Recorder:
     """Takes numbers on every rank, writes them on the rank that is told to.
 
-    If a disk refuses ``metrics.jsonl``, lines wait in memory (see ``sinks.JsonLines``) and the run ends with a
-    UserError rather than lose them. TensorBoard or W&B that fail are left out with one warning, counted
-    in the metric ``record/failures``.
+    If a disk refuses ``metrics.jsonl``, lines wait in memory (see ``sinks.JsonLines``) and the run ends with
+    a UserError rather than lose them. TensorBoard or W&B that fail are left out with one warning, counted in
+    the metric ``record/failures``.
     """
 
     def __init__(self, run_dir: Path, config: MetricsConfig, resume_step: int | None = None, *,
-                 writes: bool = True, run_config: Mapping[str, Any] | None = None, strict: bool = False) -> None:
+                 writes: bool = True, run_config: Mapping[str, Any] | None = None,
+                 strict: bool = False) -> None:
         """Open the record under ``run_dir``.
 
-        ``resume_step``: None for a new run (UserError if the folder already has a record); else the step of the
-        checkpoint, and what was recorded after it is dropped. ``writes``: True on one rank only; the others ignore
-        every call. ``run_config``: the resolved config for W&B. ``strict``: unknown metric names raise ValueError.
+        ``resume_step``: None for a new run (UserError if the folder already has a record); else the step of
+        the checkpoint, and what was recorded after it is dropped. ``writes``: True on one rank only; the
+        others ignore every call. ``run_config``: the resolved config for W&B. ``strict``: unknown metric
+        names raise ValueError.
         """
         check_wandb(config.wandb)
         self._writes = writes
@@ -55,8 +58,8 @@ class Recorder:
     def log(self, step: int, phase: str, values: Mapping[str, Any]) -> None:
         """Record numbers of one step; several calls for a step add up, the last value of a name counts.
 
-        ``phase`` is ``rlvr``, ``opd`` or ``eval`` (ValueError else). Values are numbers or one-element tensors;
-        a value that is not finite becomes null in the file, with one warning per name.
+        ``phase`` is ``rlvr``, ``opd`` or ``eval`` (ValueError else). Values are numbers or one-element
+        tensors; a value that is not finite becomes null in the file, with one warning per name.
         """
         if phase not in PHASES:
             raise ValueError(f"phase {phase!r}: phases are {', '.join(PHASES)}")
@@ -77,14 +80,16 @@ class Recorder:
                        mode: str, samples: int) -> None:
         """Record one evaluation.
 
-        ``policies``: policy -> domain -> {"avg", "pass", "n", "low", "high", "parseable", "length"}, accuracies as
-        fractions, ``low`` and ``high`` a 95 % interval of ``avg``. ``mode``: ``greedy`` or ``sampled``.
+        ``policies``: policy -> domain -> {"avg", "pass", "n", "low", "high", "parseable", "length"},
+        accuracies as fractions, ``low`` and ``high`` a 95 % interval of ``avg``. ``mode``: ``greedy`` or
+        ``sampled``.
         """
         if not self._writes:
             return
         cells = {policy: {domain: {what: _strict_number(value) for what, value in cell.items()}
                           for domain, cell in domains.items()} for policy, domains in policies.items()}
-        self._evaluations.append({"step": step, "time": round(time.time(), 3), "mode": mode, "samples": samples,
+        self._evaluations.append({"step": step, "time": round(time.time(), 3), "mode": mode,
+                                  "samples": samples,
                                   "policies": cells})
         self._copy(step, "eval", {f"eval/{policy}/{domain}/{what}": cell[what]
                                   for policy, domains in cells.items() for domain, cell in domains.items()
@@ -92,7 +97,7 @@ class Recorder:
                                   if cell.get(what) is not None})
 
     def count_failure(self) -> None:
-        """Count a file of the run that could not be written elsewhere (rollouts); shows in ``record/failures``."""
+        """Count a file that could not be written elsewhere (rollouts); shows in ``record/failures``."""
         self._failures += 1
 
     def close(self) -> None:

@@ -72,14 +72,14 @@ class RolloutRecord:
 
 
 class RolloutWriter:
-    """Writes the rollouts of each step. A write that fails costs that file, not the run: one warning per file,
-    and ``on_failure`` is called (``Recorder.count_failure``)."""
+    """Writes the rollouts of each step. A write that fails costs that file, not the run: one warning per
+    file, and ``on_failure`` is called (``Recorder.count_failure``)."""
 
     def __init__(self, run_dir: Path, decode: Callable[[list[int]], str], *, enabled: bool = True,
                  resume_step: int | None = None, shard: int = 0, shards: int = 1,
                  on_failure: Callable[[], None] | None = None) -> None:
-        """``decode`` turns token ids into text and keeps special tokens. ``resume_step`` drops this shard's files
-        of later steps. ``shard`` of ``shards``: this replica among those that write."""
+        """``decode`` turns token ids into text and keeps special tokens. ``resume_step`` drops this shard's
+        files of later steps. ``shard`` of ``shards``: this replica among those that write."""
         self._folder = run_dir / "rollouts"
         self._decode = decode
         self._enabled = enabled
@@ -112,7 +112,7 @@ class RolloutWriter:
         return path
 
     def _drop_after(self, step: int, first_shard: bool) -> None:
-        """Remove this shard's files of later steps; the first shard also removes those of other shard counts."""
+        """Remove this shard's later files; the first shard also removes those of other shard counts."""
         for path in self._folder.iterdir():
             match = _FILE.fullmatch(path.name)
             mine = match is not None and ((match[2] or "") == self._suffix or first_shard)
@@ -125,10 +125,10 @@ class RolloutWriter:
         for record, row in zip(records, ids, strict=True):
             for teacher, delta in record.deltas.items():
                 if len(delta) != len(row):
-                    raise ValueError(f"delta of teacher {teacher!r}: {len(delta)} values for {len(row)} tokens "
-                                     f"of {record.completion.prompt.key!r}")
-        prompt_text = {id(c.prompt): c.prompt for c in completions}
-        prompt_text = {key: self._prompt_text(prompt) for key, prompt in prompt_text.items()}
+                    raise ValueError(f"delta of teacher {teacher!r}: {len(delta)} values for {len(row)} "
+                                     f"tokens of {record.completion.prompt.key!r}")
+        prompts = {id(c.prompt): c.prompt for c in completions}
+        prompt_text = {key: self._prompt_text(prompt) for key, prompt in prompts.items()}
         media = self._media(records)
         items = [c.prompt.item for c in completions]
         columns = {
@@ -180,7 +180,7 @@ class RolloutWriter:
 
     @staticmethod
     def _media(records: Sequence[RolloutRecord]) -> list[tuple[str | None, bytes | None]]:
-        """Kind and PNG per row, on the first row of the first ``MEDIA_PROMPTS`` prompts of each kind of batch."""
+        """Kind and PNG per row: at the first row of the first ``MEDIA_PROMPTS`` prompts of each batch."""
         seen: dict[tuple[str, str | None, str], set[str]] = {}
         rows: list[tuple[str | None, bytes | None]] = []
         for record in records:

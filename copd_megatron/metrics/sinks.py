@@ -26,12 +26,13 @@ class JsonLines:
     """Appends records to a file, one JSON object a line, each line in the file before ``append`` returns.
 
     A write that fails (disk full, quota) leaves no partial line: the line is held in memory and tried again
-    with the next one. Beyond ``held_lines`` lines, or if ``close`` cannot write the rest, UserError is raised.
+    with the next one. Beyond ``held_lines`` lines, or if ``close`` cannot write the rest, UserError is
+    raised.
     """
 
     def __init__(self, path: Path, resume_step: int | None, held_lines: int = HELD_LINES) -> None:
-        """``resume_step`` None starts a new file (UserError if there is one with content), else keeps the lines
-        of steps up to and including it."""
+        """``resume_step`` None starts a new file (UserError if there is one with content), else keeps the
+        lines of steps up to and including it."""
         self.path = path
         self._held_lines = held_lines
         self._held: deque[bytes] = deque()
@@ -39,8 +40,8 @@ class JsonLines:
         if resume_step is not None:
             keep_lines_until(path, resume_step)
         elif path.exists() and path.stat().st_size > 0:
-            raise UserError(f"run_dir: {path.parent} already holds {path.name}; a new run needs an empty folder; "
-                            "pass --resume or another --run-dir")
+            raise UserError(f"run_dir: {path.parent} already holds {path.name}; a new run needs an empty "
+                            "folder; pass --resume or another --run-dir")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - lives as long as the object
         self._size = path.stat().st_size
 
@@ -50,8 +51,8 @@ class JsonLines:
         self._held.append(line.encode() + b"\n")
         self._write_held()
         if len(self._held) > self._held_lines:
-            raise UserError(f"run_dir: {self.path} cannot be written since {len(self._held)} lines; the run stops "
-                            "before numbers are lost; free disk space and resume")
+            raise UserError(f"run_dir: {self.path} cannot be written since {len(self._held)} lines; the run "
+                            "stops before numbers are lost; free disk space and resume")
 
     def close(self) -> None:
         """Write what is held and close; UserError if lines would be lost."""
@@ -74,8 +75,8 @@ class JsonLines:
         except OSError as error:
             os.ftruncate(self._file.fileno(), self._size)
             if not self._failing:
-                log.warning("%s cannot be written (%s): lines are held in memory and tried again at every step; "
-                            "free disk space", self.path, error)
+                log.warning("%s cannot be written (%s): lines are held in memory and tried again at every "
+                            "step; free disk space", self.path, error)
             self._failing = True
             return
         if self._failing:
@@ -118,7 +119,8 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    """TensorBoard events under ``<run>/tensorboard``; ``->`` and ``~`` of names become ``-to-`` and ``-vs-``."""
+    """TensorBoard events under ``<run>/tensorboard``; ``->`` and ``~`` of names become ``-to-`` and
+    ``-vs-``."""
 
     name = "TensorBoard"
 

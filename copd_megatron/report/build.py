@@ -1,4 +1,4 @@
-"""``report.html``: what happened in a run, on one self-contained page that may be rebuilt while the run lives."""
+"""``report.html``: what happened in a run, on one page that may be rebuilt while the run lives."""
 from __future__ import annotations
 
 import os
@@ -20,9 +20,9 @@ _REFRESH_S = 60
 def build_report(run_dir: Path, state: State | None = None) -> Path:
     """Write ``report.html`` into a run folder and return its path.
 
-    Reads config.json, run.json, metrics.jsonl, evaluations.jsonl, summary.json and rollouts/; whatever is missing
-    or damaged is left out with a note. ``state`` overrides what the folder tells. The page appears whole: it is
-    written aside and renamed. UserError if ``run_dir`` holds no run.
+    Reads config.json, run.json, metrics.jsonl, evaluations.jsonl, summary.json and rollouts/; whatever is
+    missing or damaged is left out with a note. ``state`` overrides what the folder tells. The page appears
+    whole: it is written aside and renamed. UserError if ``run_dir`` holds no run.
     """
     run = read_run(Path(run_dir))
     state = state or run.state()
@@ -54,15 +54,16 @@ def _header(run: RunData, state: State) -> str:
     total = run.total_steps
     model = run.config.get("model")
     starts = run.info.get("starts") or [{}]
-    facts = {"recipe": run.info.get("recipe"), "backbone": model.get("path") if isinstance(model, dict) else None,
-             "experts": ", ".join(run.experts), "seed": run.config.get("seed", run.summary.get("seed")),
+    facts = {"recipe": run.info.get("recipe"),
+             "backbone": model.get("path") if isinstance(model, dict) else None, "experts": ", ".join(run.experts), "seed": run.config.get("seed", run.summary.get("seed")),
              "ranks": starts[-1].get("world_size"), "device": starts[-1].get("device"),
              "resumed at": ", ".join(f"step {s['step']}" for s in starts[1:]) or None}
     line = " · ".join(f"{k} {text(v)}" for k, v in facts.items() if v not in (None, ""))
     versions = " · ".join(f"{text(k)} {text(v)}" for k, v in run.info.get("versions", {}).items())
     written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    return (f"<h1>{text(_name(run))} <span class='state {state}'>{state}</span></h1><p class='quiet'>{line}<br>{versions}"
-            f"<br>step {run.step}{f' of {total}' if total else ''} · page written {written}</p>{tiles(_key_numbers(run))}")
+    return (f"<h1>{text(_name(run))} <span class='state {state}'>{state}</span></h1>"
+            f"<p class='quiet'>{line}<br>{versions}<br>step {run.step}{f' of {total}' if total else ''}"
+            f" · page written {written}</p>{tiles(_key_numbers(run))}")
 
 
 def _key_numbers(run: RunData) -> list[tuple[str, str]]:
@@ -104,7 +105,8 @@ def _final_table(run: RunData, state: State) -> str:
         samples = source.get("samples", 1)
         facts.append(str(source["mode"]) + (f", mean of {samples} samples" if samples > 1 else ""))
     if counts:
-        facts.append(f"{counts[0]:,}{f' to {counts[-1]:,}' if len(counts) > 1 else ''} held-out prompts per domain")
+        most = f" to {counts[-1]:,}" if len(counts) > 1 else ""
+        facts.append(f"{counts[0]:,}{most} held-out prompts per domain")
     facts += ["± is the 95 % interval", "coloured: points over base"]
     title = "Policies and domains" if state == "finished" else "Policies and domains, latest evaluation"
     return f"<h2 id='table'>{title}</h2><p class='quiet'>{text('; '.join(facts))}.</p>{accuracy_html(table)}"
@@ -119,10 +121,11 @@ def _section_html(section: Section) -> str:
 
 
 def _samples_section(cards: str) -> str:
-    return ("<h2 id='samples'>Sample completions</h2><p class='quiet key'>The best and the worst completion of a prompt. "
-            "In OPD steps tokens are tinted by delta: <span style='background:rgb(var(--more)/.5)'>the teacher says it "
-            "more</span> <span style='background:rgb(var(--less)/.5)'>the teacher says it less</span>; point at a token "
-            f"for its numbers.</p><div class='samples'>{cards}</div>")
+    return ("<h2 id='samples'>Sample completions</h2>"
+            "<p class='quiet key'>The best and the worst completion of a prompt. Where a teacher scored "
+            "them, tokens are tinted by delta: <span style='background:rgb(var(--more)/.5)'>the teacher "
+            "says it more</span> <span style='background:rgb(var(--less)/.5)'>the teacher says it less</span>; "
+            f"point at a token for its numbers.</p><div class='samples'>{cards}</div>")
 
 
 def _config_section(run: RunData) -> str:

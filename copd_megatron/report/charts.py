@@ -122,7 +122,7 @@ def bucket(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.nd
 
 
 def smooth(y: np.ndarray) -> np.ndarray:
-    """Centred running mean over about a twentieth of the series, NaNs left out; short series stay as they are."""
+    """Centred running mean over a twentieth of the series without NaNs; short ones stay as they are."""
     width = len(y) // 20
     if width < 2:
         return y
@@ -177,12 +177,13 @@ def _draw_line(axes: Axes, line: Line, marked: bool) -> None:
 
 
 def _unbroken(line: Line) -> list[Line]:
-    """The pieces of a line between gaps in x, or the line in one piece if that leaves single points or too many."""
+    """The pieces of a line between gaps in x; in one piece if pieces were single points or very many."""
     cuts = np.flatnonzero(np.diff(line.x) > 1.5 * np.min(np.diff(line.x), initial=np.inf)) + 1
     pieces = np.split(np.arange(len(line.x)), cuts)
     if len(pieces) > _POINTS // 4 or min(len(p) for p in pieces) < 2:
         pieces = [np.arange(len(line.x))]
-    return [replace(line, broken=False, x=line.x[p], y=line.y[p], low=None if line.low is None else line.low[p],
+    return [replace(line, broken=False, x=line.x[p], y=line.y[p],
+                    low=None if line.low is None else line.low[p],
                     high=None if line.high is None else line.high[p]) for p in pieces]
 
 

@@ -1,7 +1,7 @@
-"""Several runs side by side: accuracies and their differences, what differs in the configs, curves in one chart.
+"""Several runs side by side: accuracies with differences, config differences, curves in one chart.
 
-The interval of a difference is the normal one for independent samples, 1.96 sqrt(se_a^2 + se_b^2): runs that were
-evaluated on the same prompts have a narrower one, so a difference marked with * is safe to call one.
+The interval of a difference is the normal one for independent samples, 1.96 sqrt(se_a^2 + se_b^2): runs that
+were evaluated on the same prompts have a narrower one, so a difference marked with * is safe to call one.
 """
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Row:
 def compare_runs(run_dirs: Sequence[Path], html_path: Path | None = None, width: int = 110) -> str:
     """Compare runs with the first of them; returns text for a terminal of ``width`` columns.
 
-    ``html_path``: also write a self-contained page there. UserError for fewer than two runs or a folder that is
-    no run.
+    ``html_path``: also write a self-contained page there. UserError for fewer than two runs or a folder that
+    is no run.
     """
     if len(run_dirs) < 2:
         raise UserError(f"run_dirs: {len(run_dirs)} given; a comparison needs at least two run folders")
@@ -57,7 +57,7 @@ def compare_runs(run_dirs: Sequence[Path], html_path: Path | None = None, width:
     return "\n\n".join(parts) + "\n\n" + _FOOTNOTE
 
 
-_FOOTNOTE = "Accuracy in %; (difference to the first run ± 95 % interval), * where the interval leaves out 0."
+_FOOTNOTE = "Accuracy in %; (difference to the first run ± 95 % interval), * where it leaves out 0."
 
 
 def run_labels(folders: Sequence[Path]) -> list[str]:
@@ -88,7 +88,7 @@ def accuracy_rows(tables: Sequence[Accuracies]) -> list[Row]:
 
 
 def config_differences(runs: Sequence[RunData]) -> dict[str, list[str]]:
-    """Config fields whose values differ between the runs: field -> value of each run ("-" where it is missing)."""
+    """Config fields that differ between the runs: field -> value of each run ("-" where it is missing)."""
     flat = [flatten(run.config) for run in runs]
     fields = list(dict.fromkeys(f for config in flat for f in config))
     shown = {f: [str(config.get(f, "-")) for config in flat] for f in fields}
@@ -186,21 +186,25 @@ def _print(table: Table, width: int) -> str:
 def _document(runs: Sequence[RunData], labels: Sequence[str], rows: Sequence[Row],
               differing: dict[str, list[str]]) -> str:
     heads = "".join(f"<th>{text(label)}</th>" for label in labels)
-    facts = "".join(f"<tr><td>{text(label)}</td>" + "".join(f"<td>{text(v)}</td>" for v in _facts(run).values())
-                    + "</tr>" for run, label in zip(runs, labels, strict=True))
+    facts = "".join(_cells_html((label, *_facts(run).values()))
+                    for run, label in zip(runs, labels, strict=True))
     accuracy = "".join(f"<tr><td>{text(row.policy)}</td><td class='word'>{text(row.domain)}</td>"
                        + "".join(map(_cell_html, row.values, row.differences)) + "</tr>" for row in rows)
-    config = "".join(f"<tr><td>{text(name)}</td>" + "".join(f"<td>{text(v)}</td>" for v in values) + "</tr>"
-                     for name, values in differing.items())
+    config = "".join(_cells_html((name, *values)) for name, values in differing.items())
     body = [f"<h1>{len(runs)} runs compared</h1>",
-            _table_html("<th>run</th><th>state</th><th>steps</th><th>training</th><th>seed</th>", facts, "left"),
+            _table_html("".join(f"<th>{h}</th>" for h in ("run", *_facts(runs[0]))), facts, "left"),
             "<h2 id='accuracy'>Accuracy</h2>", f"<p class='quiet'>{text(_FOOTNOTE)}</p>",
             _table_html(f"<th>policy</th><th class='word'>domain</th>{heads}", accuracy),
             "<h2 id='curves'>Curves</h2>", f"<div class='grid'>{''.join(_figures(runs, labels))}</div>",
             "<h2 id='config'>Config differences</h2>",
-            _table_html(f"<th>field</th>{heads}", config, "left") if differing else "<p>The configs are equal.</p>"]
+            _table_html(f"<th>field</th>{heads}", config, "left") if differing
+            else "<p>The configs are equal.</p>"]
     return page("Comparison of runs", "".join(body),
                 [("accuracy", "Accuracy"), ("curves", "Curves"), ("config", "Config")])
+
+
+def _cells_html(cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<td>{text(c)}</td>' for c in cells)}</tr>"
 
 
 def _table_html(heads: str, rows: str, kind: str = "") -> str:
@@ -216,7 +220,8 @@ def _cell_html(value: float | None, difference: tuple[float, float | None] | Non
     gain, half = difference
     kind = "" if not _mark(difference) else "up" if gain > 0 else "down"
     interval = "" if half is None else f" ± {100 * half:.1f}"
-    return f"<td>{100 * value:.1f} <small class='{kind}'>{100 * gain:+.1f}{interval}{_mark(difference)}</small></td>"
+    note = f"<small class='{kind}'>{100 * gain:+.1f}{interval}{_mark(difference)}</small>"
+    return f"<td>{100 * value:.1f} {note}</td>"
 
 
 def _figures(runs: Sequence[RunData], labels: Sequence[str]) -> list[str]:
@@ -225,14 +230,15 @@ def _figures(runs: Sequence[RunData], labels: Sequence[str]) -> list[str]:
     charts = [(f"Merged policy on {domain}", [_merged_line(run, domain) for run in runs], True)
               for domain in domains[:9]]
     charts += [(title, [_pair_line(run, what) for run in runs], False)
-               for what, title in (("overlap", "Median pairwise overlap"), ("symmetric_kl", "Median symmetric KL"))]
+               for what, title in (("overlap", "Median pairwise overlap"),
+                                   ("symmetric_kl", "Median symmetric KL"))]
     figures = []
     for number, (title, points, marked) in enumerate(charts):
         lines = [Line(label, *xy, colour=PALETTE[i % len(PALETTE)])
                  for i, (label, xy) in enumerate(zip(labels, points, strict=True)) if xy is not None]
         if lines and max(len(line.x) for line in lines) > 1:
-            figures.append(f"<figure><h3>{text(title)}</h3>"
-                           f"{render(Chart(lines, percent=marked, marked=marked), f'compare{number}')}</figure>")
+            chart = render(Chart(lines, percent=marked, marked=marked), f"compare{number}")
+            figures.append(f"<figure><h3>{text(title)}</h3>{chart}</figure>")
     return figures
 
 
@@ -243,7 +249,8 @@ def _merged_line(run: RunData, domain: str) -> tuple[np.ndarray, np.ndarray] | N
 
 
 def _pair_line(run: RunData, what: str) -> tuple[np.ndarray, np.ndarray] | None:
-    series = [run.series[f"pair/{a}~{b}/{what}"] for a, b in run.pairs if f"pair/{a}~{b}/{what}" in run.series]
+    series = [run.series[f"pair/{a}~{b}/{what}"] for a, b in run.pairs
+              if f"pair/{a}~{b}/{what}" in run.series]
     if not series:
         return None
     steps = np.unique(np.concatenate([s.steps for s in series]))

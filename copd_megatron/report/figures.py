@@ -72,9 +72,11 @@ def _shade_legend(run: RunData) -> list[tuple[str, str]]:
     return [("shade-key", "OPD steps")] if run.opd_spans() else []
 
 
-def _expert_plot(run: RunData, colours: Colours, section: Section, what: str, title: str, **options: object) -> None:
+def _expert_plot(run: RunData, colours: Colours, section: Section, what: str, title: str,
+                 **options: object) -> None:
     """One line per expert of metric ``{expert}/what``."""
-    lines = [_line(run.series[f"{e}/{what}"], e, colours[e]) for e in run.experts if f"{e}/{what}" in run.series]
+    lines = [_line(run.series[f"{e}/{what}"], e, colours[e]) for e in run.experts
+             if f"{e}/{what}" in run.series]
     _add(run, section, title, f"{{expert}}/{what}", lines, **options)
 
 
@@ -90,7 +92,8 @@ def _add(run: RunData, section: Section, title: str, pattern: str, lines: Sequen
     chart = Chart(lines, spans=run.opd_spans(), x_range=_x_range(run), large=_large(lines),
                   legend_extra=_shade_legend(run), **options)
     caption = caption or f"{metric.meaning} Healthy: {metric.healthy}."
-    unit = "" if options.get("percent") or metric.unit in ("0 to 1", "1", "norm", "advantage", title.lower()) else metric.unit
+    obvious = options.get("percent") or metric.unit in ("0 to 1", "1", "norm", "advantage", title.lower())
+    unit = "" if obvious else metric.unit
     section.plots.append(Plot(title, unit, caption, render(chart, f"{section.anchor}{len(section.plots)}")))
 
 
@@ -109,7 +112,7 @@ def _capped(section: Section, items: Iterable, what: str) -> list:
     """At most ``_MOST_PANELS`` of the items, with a note about the rest."""
     items = list(items)
     if len(items) > _MOST_PANELS:
-        section.notes.append(f"{len(items)} {what}; the first {_MOST_PANELS} are drawn, metrics.jsonl has all.")
+        section.notes.append(f"{len(items)} {what}: the first {_MOST_PANELS} are drawn, the record has all.")
     return items[:_MOST_PANELS]
 
 
@@ -127,7 +130,7 @@ def _accuracy(run: RunData, colours: Colours) -> Section:
             known = [(step, t[policy][domain]) for step, t in tables if domain in t.get(policy, {})]
             bounds = [(c.low, c.high) for _, c in known]
             whole = all(low is not None and high is not None for low, high in bounds)
-            low, high = (np.array(b, float) for b in zip(*bounds, strict=True)) if whole and bounds else (None, None)
+            low, high = np.array(bounds, float).T if whole and bounds else (None, None)
             if known:
                 lines.append(Line(policy, np.array([s for s, _ in known], float),
                                   np.array([c.avg for _, c in known]), colours[policy],
@@ -158,7 +161,8 @@ def _agreement(run: RunData, colours: Colours) -> Section:
     pairs = run.pairs
     # Pairs take the palette from its end, so that no pair looks like an expert while there are few.
     shades = {pair: PALETTE[-1 - i % len(PALETTE)] for i, pair in enumerate(pairs)}
-    for what, title in (("overlap", f"Pairwise top-{_overlap_k(run)} overlap"), ("symmetric_kl", "Symmetric KL")):
+    for what, title in (("overlap", f"Pairwise top-{_overlap_k(run)} overlap"),
+                        ("symmetric_kl", "Symmetric KL")):
         lines = [_line(run.series[f"pair/{a}~{b}/{what}"], f"{a} ~ {b}", shades[a, b]) for a, b in pairs
                  if f"pair/{a}~{b}/{what}" in run.series]
         _add(run, section, title, "pair/{a}~{b}/" + what, lines)
@@ -172,7 +176,7 @@ def _overlap_k(run: RunData) -> int:
 
 def _distillation(run: RunData, colours: Colours) -> Section:
     section = Section("Distillation signal", "distillation",
-                      "delta = log teacher - log student on the student's tokens, over the teacher's prompts.")
+                      "delta = log teacher - log student at the student's tokens on the teacher's prompts.")
     students = list(dict.fromkeys(s for _, s in run.edges))
     for student in _capped(section, students, "students"):
         lines = [_line(run.series[n], f"|A| of {student}", "ink") for n in [f"{student}/advantage_abs"]
@@ -182,7 +186,8 @@ def _distillation(run: RunData, colours: Colours) -> Section:
             if series is not None:
                 lines.append(_line(series, f"|β delta| from {teacher}", colours[teacher], broken=True))
         _add(run, section, f"|β delta| against |A|, student {student}",
-             "edge/{teacher}->{student}/beta_delta_abs", lines, keep=(f"|A| of {student}",), log=_wide(lines), from_zero=True,
+             "edge/{teacher}->{student}/beta_delta_abs", lines, keep=(f"|A| of {student}",), log=_wide(lines),
+             from_zero=True,
              caption="Size of the distillation signal against the reward's. Healthy: 0.1 to 2 times |A|.")
     for teacher, student in _capped(section, run.edges, "edges"):
         parts = [run.series.get(edge_name(teacher, student, f"delta_{p}")) for p in ("p05", "p50", "p95")]
@@ -190,8 +195,9 @@ def _distillation(run: RunData, colours: Colours) -> Section:
         if len(known) < 3 or len({len(p.steps) for p in known}) > 1:
             section.missing.append(f"delta percentiles {teacher} → {student}")
             continue
-        line = Line("median, band 5 % to 95 %", known[1].steps.astype(float), known[1].values, colours[teacher],
-                    broken=True, low=known[0].values, high=known[2].values)
+        low, median, high = known
+        line = Line("median, band 5 % to 95 %", median.steps.astype(float), median.values, colours[teacher],
+                    broken=True, low=low.values, high=high.values)
         _add(run, section, f"Delta {teacher} → {student}", "edge/{teacher}->{student}/delta_p50", [line],
              caption="Percentiles of delta. Healthy: median near 0, band within -5 and 5.")
     if not run.edges:
@@ -220,7 +226,8 @@ def _work(run: RunData, colours: Colours) -> Section:
     rates = [(p, f"tokens/{p}_per_s") for p in ("rollout", "score", "update")]
     _add(run, section, "Tokens per second", "tokens/{phase}_per_s",
          [_line(run.series[n], p, PALETTE[i]) for i, (p, n) in enumerate(rates) if n in run.series])
-    for name, title, options in (("tokens/saved_share", "Token evaluations saved by prefix sharing", {"percent": True}),
+    for name, title, options in (("tokens/saved_share", "Token evaluations saved by prefix sharing",
+                                  {"percent": True}),
                                  ("memory/peak_bytes", "Peak memory", {})):
         lines = [_line(run.series[name], "", "c1")] if name in run.series else []
         _add(run, section, title, name, lines, **options)

@@ -1,6 +1,6 @@
 """A run folder in memory, read while the run may still write it.
 
-Missing files, a truncated last line and damaged rollout files are tolerated; what was skipped is in ``notes``.
+Missing files, a truncated last line and damaged rollout files are tolerated; ``notes`` says what was skipped.
 """
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ class RunData:
         schedule = self.config.get("schedule")
         if not isinstance(schedule, Mapping):
             return None
-        return schedule.get("cycles", 0) * (schedule.get("rl_steps", 0) + schedule.get("opd_steps", 0)) or None
+        per_cycle = schedule.get("rl_steps", 0) + schedule.get("opd_steps", 0)
+        return schedule.get("cycles", 0) * per_cycle or None
 
     def opd_spans(self) -> list[tuple[float, float]]:
         """Runs of consecutive OPD steps as (first - 0.5, last + 0.5), to shade."""
@@ -105,8 +106,8 @@ class RunData:
         return "interrupted" if quiet_s > max(QUIET_S, 20 * gap_s) else "running"
 
     def latest_accuracies(self) -> dict[str, Any] | None:
-        """The newest evaluation line, or the summary if it is all there is (its accuracies have no intervals of
-        their own); None before the first evaluation."""
+        """The newest evaluation line, or the summary if it is all there is (its accuracies have no intervals
+        of their own); None before the first evaluation."""
         if self.evaluations and (not self.summary or self._summary_agrees(self.evaluations[-1])):
             return self.evaluations[-1]
         if self.summary.get("policies"):

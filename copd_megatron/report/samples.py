@@ -1,4 +1,4 @@
-"""Sample completions as HTML: prompt, picture, answer, and the tokens coloured by what a teacher thinks of them.
+"""Sample completions as HTML: prompt, picture, answer, tokens coloured by what a teacher thinks of them.
 
 A token is tinted by delta = log teacher - log student: one colour where the teacher would say it more often,
 another where less often, stronger with |delta| up to ``FULL_DELTA`` nats.
@@ -25,8 +25,8 @@ _MOST_CARDS = 14
 _MOST_TOKENS = 300
 _MOST_PROMPT_CHARACTERS = 1500
 _STEPS_TRIED = 3
-_COLUMNS = ("step", "phase", "expert", "domain", "prompt_key", "prompt_text", "completion_text", "answer", "extracted",
-            "finish", "reward", "reward_parts", "advantage", "tokens", "loss_mask", "logprobs", "teachers", "deltas",
+_COLUMNS = ("step", "phase", "expert", "domain", "prompt_key", "prompt_text", "answer", "extracted", "finish", "reward",
+            "reward_parts", "advantage", "tokens", "loss_mask", "logprobs", "teachers", "deltas",
             "media_kind", "media_png")
 
 
@@ -45,8 +45,8 @@ class SampleGroup:
 
 
 def pick_samples(run: RunData) -> list[SampleGroup]:
-    """One prompt per (expert, domain) of the newest step of each phase that has rollout files, cross batches first.
-    Damaged files are left out with a note; the step before takes their place."""
+    """One prompt per (expert, domain) of the newest step of each phase that has rollout files, cross batches
+    first. Damaged files are left out with a note; the step before takes their place."""
     groups: list[SampleGroup] = []
     for phase in ("opd", "rlvr"):
         files: dict[int, list[Path]] = {}
@@ -61,7 +61,7 @@ def pick_samples(run: RunData) -> list[SampleGroup]:
                 groups += sorted(distinct.values(), key=lambda g: not _has_delta(g))
                 break
     if len(groups) > _MOST_CARDS:
-        run.notes.append(f"{len(groups)} kinds of sample batches; {_MOST_CARDS} are shown, rollouts/ has all.")
+        run.notes.append(f"{len(groups)} kinds of batches have samples; {_MOST_CARDS} are shown.")
     return groups[:_MOST_CARDS]
 
 
@@ -75,7 +75,7 @@ def _has_delta(group: SampleGroup) -> bool:
 
 
 def _groups_of(path: Path, notes: list[str]) -> list[SampleGroup]:
-    """The first prompt of each (phase, expert, domain) in a file; reads only the row groups that hold them."""
+    """The first prompt of each (phase, expert, domain) in a file; reads only row groups that hold one."""
     try:
         with pq.ParquetFile(path) as file:
             rows_of: dict[tuple[str, str, str], list[int]] = {}
@@ -152,7 +152,8 @@ def _tokens(row: dict[str, Any], delta: Sequence[float] | None) -> str:
             share = min(1.0, abs(delta[i]) / FULL_DELTA)
             notes.append(f"delta {delta[i]:+.3f}")
             if share >= 0.02:
-                style = f" style='background:rgb(var(--{'more' if delta[i] > 0 else 'less'})/{0.75 * share:.2f})'"
+                tint = "more" if delta[i] > 0 else "less"
+                style = f" style='background:rgb(var(--{tint})/{0.75 * share:.2f})'"
         kind = "" if said else " class='env'"
         shown = _text(token).replace("\n", "⏎<br>")
         pieces.append(f"<span{kind}{style} title='{', '.join(notes)}'>{shown}</span>")

@@ -17,9 +17,9 @@ from copd_megatron.metrics.rollout_writer import RolloutRecord, RolloutWriter
 from copd_megatron.metrics.run_info import write_run_info
 from copd_megatron.types import Completion, Media, Prompt, Segment, TaskItem
 
-WORDS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", " the", " sum", " is", " so", " we", " count", " red",
-         " squares", " moves", " left", " right", " first", " then", " frame", " 3", " 4", " 7", " 12", " +", " =",
-         " answer", ":", "\n", " wait", ",", " <b>", " übrig", " check")
+WORDS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", " the", " sum", " is", " so", " we", " count",
+         " red", " squares", " moves", " left", " right", " first", " then", " frame", " 3", " 4", " 7", " 12",
+         " +", " =", " answer", ":", "\n", " wait", ",", " <b>", " übrig", " check")
 """Token id -> text; one entry looks like HTML, one is not ASCII."""
 
 QUESTIONS = {"text": "What is 7 + 12 modulo 10?", "image": "How many red squares are there?",
@@ -56,8 +56,8 @@ def make_prompt(domain: str, index: int, visual_tokens: int = 9) -> Prompt:
     visual = np.arange(5, 5 + visual_tokens) if media else np.zeros(0, np.int64)
     item = TaskItem(f"{domain}/train/{index}", [{"role": "user", "content": question}], media, "9")
     length = len(ids)
-    return Prompt(item.key, domain, np.array(ids), np.tile(np.arange(length), (3, 1)), length, None, visual, 2,
-                  f"hash-{domain}-{index}", item)
+    return Prompt(item.key, domain, np.array(ids), np.tile(np.arange(length), (3, 1)), length, None, visual,
+                  2, f"hash-{domain}-{index}", item)
 
 
 def make_completion(rng: np.random.Generator, prompt: Prompt, expert: str, sample: int, skill: float,
@@ -67,8 +67,8 @@ def make_completion(rng: np.random.Generator, prompt: Prompt, expert: str, sampl
     logprobs = (-rng.exponential(0.4, len(ids))).tolist()
     right = bool(rng.random() < skill)
     parts = {"accuracy": float(right), "format": float(rng.random() < 0.95)}
-    return Completion(prompt, expert, sample, [Segment(ids, "policy", logprobs, logprobs)], "stop", decode(ids[:-1]),
-                      0.9 * parts["accuracy"] + 0.1 * parts["format"], parts, "9" if right else "4")
+    return Completion(prompt, expert, sample, [Segment(ids, "policy", logprobs, logprobs)], "stop",
+                      decode(ids[:-1]), 0.9 * parts["accuracy"] + 0.1 * parts["format"], parts, "9" if right else "4")
 
 
 def make_rollouts(rng: np.random.Generator, phase: str, experts: list[str], hub: str, prompts: int = 2,
@@ -78,8 +78,9 @@ def make_rollouts(rng: np.random.Generator, phase: str, experts: list[str], hub:
     for expert in experts:
         for index in range(prompts):
             prompt = make_prompt(expert, index)
-            records += [RolloutRecord(make_completion(rng, prompt, expert, s, 0.6), phase, float(rng.normal()))
-                        for s in range(group)]
+            for s in range(group):
+                completion = make_completion(rng, prompt, expert, s, 0.6)
+                records.append(RolloutRecord(completion, phase, float(rng.normal())))
     for teacher, student in hub_edges(experts, hub) if phase == "opd" else ():
         for index in range(prompts):
             prompt = make_prompt(teacher, 100 + index)
@@ -113,7 +114,8 @@ def fake_run(run_dir: Path, *, experts: tuple[str, ...] = ("text", "image", "vid
     write_run_info(run_dir, recipe="examples/tiny_three_experts.py", arguments=["train"], world_size=2,
                    device="cpu, 2 cores")
     phases = [("rlvr" if (s - 1) % (rl_steps + opd_steps) < rl_steps else "opd") for s in range(1, last + 1)]
-    shown = {s for p in ("rlvr", "opd") for s in [i + 1 for i, q in enumerate(phases) if q == p][-rollout_steps:]}
+    shown = {s for p in ("rlvr", "opd")
+             for s in [i + 1 for i, q in enumerate(phases) if q == p][-rollout_steps:]}
     writer = RolloutWriter(run_dir, decode)
     drift = 0.0
     evaluation: dict = {}
@@ -143,7 +145,8 @@ def fake_config(experts: list[str], cycles: int, rl_steps: int, opd_steps: int, 
             "adapter": {"rank": 16, "alpha": 16, "scope": "sequence", "first_layer": 0},
             "rollout": {"prompts_per_step": 32, "group_size": 8, "temperature": 1.0},
             "opd": {"signal": "sampled", "beta": 1.0}, "exchange": {"topology": "hub", "hub": None},
-            "optimizer": {"lr": lr}, "schedule": {"cycles": cycles, "rl_steps": rl_steps, "opd_steps": opd_steps},
+            "optimizer": {"lr": lr},
+            "schedule": {"cycles": cycles, "rl_steps": rl_steps, "opd_steps": opd_steps},
             "merge": {"rule": "uniform"}, "evaluation": {"every": every}}
 
 
@@ -155,10 +158,12 @@ def fake_values(rng: np.random.Generator, experts: list[str], t: float, phase: s
         accuracy = min(1.0, 0.45 + 0.08 * (i % 3) + 0.4 * (1 - np.exp(-4 * t)) + rng.normal(0, 0.03))
         values |= {
             f"{e}/reward": 0.9 * accuracy + 0.1, f"{e}/reward/accuracy": accuracy, f"{e}/reward/format": 0.99,
-            f"{e}/advantage_abs": 0.75 * (1 - 0.6 * t) + rng.normal(0, 0.02), f"{e}/zero_std_groups": 0.2 + 0.5 * t,
+            f"{e}/advantage_abs": 0.75 * (1 - 0.6 * t) + rng.normal(0, 0.02),
+            f"{e}/zero_std_groups": 0.2 + 0.5 * t,
             f"{e}/length": 22 + 6 * i % 9 + 5 * t + rng.normal(), f"{e}/truncated": abs(rng.normal(0, 0.004)),
             f"{e}/parseable": 0.98, f"{e}/entropy": 0.9 * np.exp(-1.8 * t) + 0.1 + rng.normal(0, 0.02),
-            f"{e}/kl_backbone": 0.3 * t + abs(rng.normal(0, 0.01)), f"{e}/mismatch_kl": abs(rng.normal(0, 1e-9)),
+            f"{e}/kl_backbone": 0.3 * t + abs(rng.normal(0, 0.01)),
+            f"{e}/mismatch_kl": abs(rng.normal(0, 1e-9)),
             f"{e}/grad_norm": 0.4 + abs(rng.normal(0, 0.1)), f"{e}/lr": lr, f"{e}/clip_fraction": 0.0,
             f"{e}/ratio_mean": 1.0, f"{e}/loss": rng.normal(0, 0.01)}
     for i, a in enumerate(experts):
@@ -169,8 +174,9 @@ def fake_values(rng: np.random.Generator, experts: list[str], t: float, phase: s
         for teacher, student in hub_edges(experts, experts[0]):
             tail = 0.4 + 3 * drift + abs(rng.normal(0, 0.1))
             values |= {edge_name(teacher, student, k): v for k, v in {
-                "delta_p05": -2.2 * tail, "delta_p50": -0.02 * tail, "delta_p95": 0.8 * tail, "delta_mean": -0.3 * tail,
-                "beta_delta_abs": 0.5 * tail, "teacher_kl": 0.3 * tail, "overlap": 0.95 - drift, "dropped": 0.0,
+                "delta_p05": -2.2 * tail, "delta_p50": -0.02 * tail, "delta_p95": 0.8 * tail,
+                "delta_mean": -0.3 * tail, "beta_delta_abs": 0.5 * tail, "teacher_kl": 0.3 * tail,
+                "overlap": 0.95 - drift, "dropped": 0.0,
                 "length": 24 + rng.normal(), "truncated": 0.0, "tokens": 2900.0}.items()}
     work = {"rollout": 1.9, "vision": 0.15, "verify": 0.05, "update": 1.6, "other": 0.1}
     if phase == "opd":
