@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -46,6 +47,9 @@ class Backbone(nn.Module):
 
     Weights are uninitialised until ``translate.load_backbone_weights`` fills them.
     """
+
+    model_type = ModelType.encoder_or_decoder
+    """Read by Megatron's pipeline schedules."""
 
     def __init__(self, spec: BackboneSpec, groups: Groups, model: ModelConfig, adapter: AdapterConfig):
         super().__init__()

@@ -62,6 +62,8 @@ def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
         # Microbatches have different lengths; Megatron wants this dispatcher then, for dense models too.
         variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",
+        # Losses come out of our own reduction; the schedule must not scale them.
+        calculate_per_token_loss=True,
         perform_initialization=False, gradient_accumulation_fusion=False,
         bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False,
         apply_rope_fusion=False, persist_layer_norm=False)

@@ -107,8 +107,7 @@ def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Tra
     schedule = Schedule.build(config.schedule, config.exchange, config.opd, list(config.experts), resolve_object)
     optimizers = {e: ExpertOptimizer(e, bank, groups, config.optimizer) for e in groups.hosted}
     state = RunState(bank=bank, optimizers=optimizers, config_json=to_json(config))
-    checkpoints = CheckpointManager(run_dir, config.checkpoint, groups, Path(config.model.path), config.adapter,
-                                    policies.encoder)
+    checkpoints = CheckpointManager(run_dir, config.checkpoint, groups, Path(config.model.path), policies.encoder)
     if resume:
         checkpoints.load_latest(state)
     first = state.step if resume else None

@@ -17,7 +17,7 @@ from copd_megatron.metrics.rollout_writer import RolloutRecord, RolloutWriter
 from copd_megatron.metrics.sinks import replace_file
 from copd_megatron.metrics.timers import Timers
 from copd_megatron.parallel.groups import Groups
-from copd_megatron.report.html import build_report
+from copd_megatron.report.build import build_report
 from copd_megatron.trainer.batching import Sample
 from copd_megatron.trainer.evaluate import BASE, Evaluator, evaluation_rows
 from copd_megatron.trainer.merge import MERGED, all_policies
