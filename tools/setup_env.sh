@@ -63,9 +63,10 @@ MESSAGE
 }
 
 install() {
-    # A container may export PIP_CONSTRAINT for its own torch; this environment has its own.
-    env -u PIP_CONSTRAINT "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt \
-        $([ -t 1 ] || echo --quiet) "$@"
+    # A container may export PIP_CONSTRAINT for its own torch; this environment has its own. Byte code is compiled
+    # when a module is first imported: compiling all of torch and transformers takes longer than unpacking them.
+    env -u PIP_CONSTRAINT PYTHONWARNINGS=ignore "$venv/bin/python" -m pip install --disable-pip-version-check \
+        --no-compile -c constraints.txt $([ -t 1 ] || echo --quiet) "$@"
 }
 
 is_ready && exit 0
