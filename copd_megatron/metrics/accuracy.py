@@ -70,10 +70,20 @@ def policy_table(source: Mapping[str, Any], *, width: int = 110, plain: bool = F
     ``width`` columns the interval goes first, then the difference, then the single domains. ``plain`` draws
     with ASCII only.
     """
+    cells = accuracies(source)
     for detail in ("interval", "gain", "bare", "brief"):
-        table = _table(source, detail, plain)
-        if _measure.measure(table).maximum <= width:
+        rows = _rows(cells, detail)
+        widths = [max(len(text.plain) + text.plain.count("±") for text in column) for column in zip(*rows)]
+        if sum(widths) + 3 * len(widths) + 1 <= width:
             break
+    table = Table(box=box.MARKDOWN if plain else box.SIMPLE_HEAD)
+    for i, head in enumerate(rows[0]):
+        table.add_column(head.plain, justify="right" if i else "left", no_wrap=i > 0)
+    for row in rows[1:]:
+        table.add_row(*((text.plain.replace("±", "+-") for text in row) if plain else row))
+    caption = _caption(source, cells, detail)
+    table.caption = caption.replace("±", "+-") if plain else caption
+    table.caption_justify = "left"
     return table
 
 
@@ -86,23 +96,14 @@ def policy_table_text(source: Mapping[str, Any], width: int = 110) -> str:
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
 
 
-_measure = Console(width=10_000, force_terminal=False, legacy_windows=False)
-
-
-def _table(source: Mapping[str, Any], detail: str, plain: bool) -> Table:
-    cells = accuracies(source)
+def _rows(cells: Accuracies, detail: str) -> list[list[Text]]:
+    """The table's texts, headings first."""
     columns = _columns(cells, brief=detail == "brief")
-    table = Table(box=box.MARKDOWN if plain else box.SIMPLE_HEAD)
-    table.add_column("policy")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    rows = [[Text("policy"), *map(Text, columns)]]
     for policy, row in cells.items():
-        texts = [_cell_text(policy, values, row.get(column), detail) for column, values in columns.items()]
-        table.add_row(Text(policy), *((t.plain.replace("±", "+-") for t in texts) if plain else texts))
-    caption = _caption(source, cells, detail)
-    table.caption = caption.replace("±", "+-") if plain else caption
-    table.caption_justify = "left"
-    return table
+        rows.append([Text(policy), *(_cell_text(policy, values, row.get(column), detail)
+                                     for column, values in columns.items())])
+    return rows
 
 
 def _columns(cells: Accuracies, brief: bool) -> dict[str, dict[str, float]]:

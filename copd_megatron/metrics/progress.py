@@ -157,6 +157,7 @@ class LiveProgress(Progress):
         self._kind = ""
         self._values: dict[str, float] = {}
         self._evaluation: Mapping[str, Any] | None = None
+        self._accuracy: tuple[int, Table] | None = None
         self._console = Console(file=stream, force_terminal=True)
         self._live = Live(self, console=self._console, refresh_per_second=2, transient=False)
         self._live.start()
@@ -170,7 +171,7 @@ class LiveProgress(Progress):
         self._live.refresh()
 
     def evaluation(self, evaluation: Mapping[str, Any]) -> None:
-        self._evaluation = evaluation
+        self._evaluation, self._accuracy = evaluation, None
         self._live.refresh()
 
     def note(self, text: str) -> None:
@@ -183,15 +184,13 @@ class LiveProgress(Progress):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Lay out for the window as it is now: what does not fit its height is left out from the bottom."""
         lines_left = console.size.height - 1
-        for part in (self._header(options.max_width), self._expert_table(console, options, lines_left - 2),
-                     self._accuracy_table(options.max_width)):
-            if part is None:
-                continue
-            lines = console.render_lines(part, options, pad=False)
-            if len(lines) > lines_left:
-                break
-            lines_left -= len(lines)
-            yield part
+        yield self._header(options.max_width)
+        lines_left -= 2
+        for make in (self._expert_table, self._accuracy_table):
+            table = make(options.max_width, lines_left)
+            if table is not None:
+                yield table
+                lines_left -= table.row_count + 1
 
     def _header(self, width: int) -> Group:
         clock = self._clock
@@ -204,31 +203,37 @@ class LiveProgress(Progress):
         bar.add_row(ProgressBar(total=max(1, clock.total), completed=clock.done, width=min(width, 100)))
         return Group(state, bar)
 
-    def _expert_table(self, console: Console, options: ConsoleOptions, lines: int) -> Table | None:
+    def _expert_table(self, width: int, lines: int) -> Table | None:
         """One row per expert; the columns and rows that fit."""
         present = [s for s in SHOWN if any(f"{e}/{s[0]}" in self._values for e in self._experts)]
         if not present or lines < 3:
             return None
-        experts = self._experts if len(self._experts) <= lines - 2 else self._experts[:lines - 3]
-        for count in range(len(present), 0, -1):
-            table = Table(box=None, pad_edge=False, header_style="dim")
-            table.add_column("expert", no_wrap=True)
-            for _, heading, _ in present[:count]:
-                table.add_column(heading, justify="right", no_wrap=True)
-            for expert in experts:
-                values = [(self._values.get(f"{expert}/{name}"), form) for name, _, form in present[:count]]
-                table.add_row(Text(expert), *("-" if v is None else form.format(v) for v, form in values))
-            if len(experts) < len(self._experts):
-                table.add_row(Text(f"+ {len(self._experts) - len(experts)} more", style="dim"))
-            wide = options.update(width=1000)
-            if console.measure(table, options=wide).maximum <= options.max_width:
-                break
+        experts = self._experts if len(self._experts) < lines else self._experts[:lines - 2]
+        columns = [["expert", *experts]]
+        for name, heading, form in present:
+            values = [self._values.get(f"{expert}/{name}") for expert in experts]
+            columns.append([heading, *("-" if v is None else form.format(v) for v in values)])
+        while len(columns) > 2 and sum(max(map(len, column)) + 2 for column in columns) > width:
+            columns.pop()
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for i, column in enumerate(columns):
+            table.add_column(column[0], justify="right" if i else "left", no_wrap=True)
+        for row in zip(*(column[1:] for column in columns), strict=True):
+            table.add_row(*map(Text, row))
+        if len(experts) < len(self._experts):
+            table.add_row(Text(f"+ {len(self._experts) - len(experts)} more", style="dim"))
         return table
 
-    def _accuracy_table(self, width: int) -> Table | None:
+    def _accuracy_table(self, width: int, lines: int) -> Table | None:
+        """The last evaluation if it fits; built once per width, as it is redrawn twice a second."""
         if self._evaluation is None:
             return None
-        table = policy_table(self._evaluation, width=width)
-        table.title = f"evaluation at step {self._evaluation.get('step')}"
-        table.title_justify = "left"
-        return table
+        around = 7  # title, blank lines, headings, rule, caption of up to two lines
+        if len(self._evaluation["policies"]) + around > lines:
+            return None
+        if self._accuracy is None or self._accuracy[0] != width:
+            table = policy_table(self._evaluation, width=width)
+            table.title = f"evaluation at step {self._evaluation.get('step')}"
+            table.title_justify = "left"
+            self._accuracy = (width, table)
+        return self._accuracy[1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,20 +31,20 @@ class Recorder:
 
     def __init__(self, run_dir: Path, config: MetricsConfig, resume_step: int | None = None, *,
                  writes: bool = True, run_config: Mapping[str, Any] | None = None,
-                 strict: bool = False) -> None:
+                 strict: bool = False, extra_sinks: Sequence[Sink] = ()) -> None:
         """Open the record under ``run_dir``.
 
         ``resume_step``: None for a new run (UserError if the folder already has a record); else the step of
         the checkpoint, and what was recorded after it is dropped. ``writes``: True on one rank only; the
         others ignore every call. ``run_config``: the resolved config for W&B. ``strict``: unknown metric
-        names raise ValueError.
+        names raise ValueError. ``extra_sinks`` get the numbers too.
         """
         check_wandb(config.wandb)
         self._writes = writes
         self._strict = strict
         self._failures = 0
         self._warned: set[str] = set()
-        self._sinks: list[Sink] = []
+        self._sinks: list[Sink] = list(extra_sinks) if writes else []
         if not writes:
             return
         run_dir.mkdir(parents=True, exist_ok=True)

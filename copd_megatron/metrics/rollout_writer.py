@@ -104,7 +104,8 @@ class RolloutWriter:
             pq.write_table(table, partial, compression="zstd", row_group_size=ROWS_PER_GROUP)
             os.replace(partial, path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            if partial.is_file():
+                partial.unlink()
             log.warning("%s was not written (%s); training goes on", path, error)
             if self._on_failure is not None:
                 self._on_failure()

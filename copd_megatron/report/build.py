@@ -54,8 +54,10 @@ def _header(run: RunData, state: State) -> str:
     total = run.total_steps
     model = run.config.get("model")
     starts = run.info.get("starts") or [{}]
-    facts = {"recipe": run.info.get("recipe"),
-             "backbone": model.get("path") if isinstance(model, dict) else None, "experts": ", ".join(run.experts), "seed": run.config.get("seed", run.summary.get("seed")),
+    recipe = run.info.get("recipe")
+    facts = {"recipe": "/".join(Path(recipe).parts[-2:]) if recipe else None,
+             "backbone": model.get("path") if isinstance(model, dict) else None,
+             "experts": ", ".join(run.experts), "seed": run.config.get("seed", run.summary.get("seed")),
              "ranks": starts[-1].get("world_size"), "device": starts[-1].get("device"),
              "resumed at": ", ".join(f"step {s['step']}" for s in starts[1:]) or None}
     line = " · ".join(f"{k} {text(v)}" for k, v in facts.items() if v not in (None, ""))
@@ -124,8 +126,8 @@ def _samples_section(cards: str) -> str:
     return ("<h2 id='samples'>Sample completions</h2>"
             "<p class='quiet key'>The best and the worst completion of a prompt. Where a teacher scored "
             "them, tokens are tinted by delta: <span style='background:rgb(var(--more)/.5)'>the teacher "
-            "says it more</span> <span style='background:rgb(var(--less)/.5)'>the teacher says it less</span>; "
-            f"point at a token for its numbers.</p><div class='samples'>{cards}</div>")
+            "says it more</span> <span style='background:rgb(var(--less)/.5)'>the teacher says it less"
+            f"</span>; point at a token for its numbers.</p><div class='samples'>{cards}</div>")
 
 
 def _config_section(run: RunData) -> str:

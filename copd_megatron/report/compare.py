@@ -207,6 +207,10 @@ def _cells_html(cells: Sequence[str]) -> str:
     return f"<tr>{''.join(f'<td>{text(c)}</td>' for c in cells)}</tr>"
 
 
+def _cells_html(cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<td>{text(c)}</td>' for c in cells)}</tr>"
+
+
 def _table_html(heads: str, rows: str, kind: str = "") -> str:
     return (f"<div class='scroll'><table class='{kind}'><thead><tr>{heads}</tr></thead>"
             f"<tbody>{rows}</tbody></table></div>")

@@ -25,8 +25,8 @@ _MOST_CARDS = 14
 _MOST_TOKENS = 300
 _MOST_PROMPT_CHARACTERS = 1500
 _STEPS_TRIED = 3
-_COLUMNS = ("step", "phase", "expert", "domain", "prompt_key", "prompt_text", "answer", "extracted", "finish", "reward",
-            "reward_parts", "advantage", "tokens", "loss_mask", "logprobs", "teachers", "deltas",
+_COLUMNS = ("step", "phase", "expert", "domain", "prompt_key", "prompt_text", "answer", "extracted", "finish",
+            "reward", "reward_parts", "advantage", "tokens", "loss_mask", "logprobs", "teachers", "deltas",
             "media_kind", "media_png")
 
 

@@ -18,8 +18,8 @@ from copd_megatron.metrics.run_info import write_run_info
 from copd_megatron.types import Completion, Media, Prompt, Segment, TaskItem
 
 WORDS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", " the", " sum", " is", " so", " we", " count",
-         " red", " squares", " moves", " left", " right", " first", " then", " frame", " 3", " 4", " 7", " 12",
-         " +", " =", " answer", ":", "\n", " wait", ",", " <b>", " übrig", " check")
+         " red", " squares", " moves", " left", " right", " first", " then", " frame", " 3", " 4", " 7",
+         " 12", " +", " =", " answer", ":", "\n", " wait", ",", " <b>", " übrig", " check")
 """Token id -> text; one entry looks like HTML, one is not ASCII."""
 
 QUESTIONS = {"text": "What is 7 + 12 modulo 10?", "image": "How many red squares are there?",
@@ -67,8 +67,9 @@ def make_completion(rng: np.random.Generator, prompt: Prompt, expert: str, sampl
     logprobs = (-rng.exponential(0.4, len(ids))).tolist()
     right = bool(rng.random() < skill)
     parts = {"accuracy": float(right), "format": float(rng.random() < 0.95)}
+    reward = 0.9 * parts["accuracy"] + 0.1 * parts["format"]
     return Completion(prompt, expert, sample, [Segment(ids, "policy", logprobs, logprobs)], "stop",
-                      decode(ids[:-1]), 0.9 * parts["accuracy"] + 0.1 * parts["format"], parts, "9" if right else "4")
+                      decode(ids[:-1]), reward, parts, "9" if right else "4")
 
 
 def make_rollouts(rng: np.random.Generator, phase: str, experts: list[str], hub: str, prompts: int = 2,
