@@ -28,9 +28,8 @@ if [ "$anew" = yes ] && [ -e "$run_dir" ]; then
     echo "The old run is now $aside."
 fi
 if [ -f "$run_dir/summary.json" ]; then
-    .venv/bin/copd compare "$run_dir"
-    echo
-    echo "$run_dir is complete. Look at $run_dir/report.html; train again with: bash tools/quickstart.sh --anew"
+    .venv/bin/copd report "$run_dir"
+    echo "$run_dir is complete; to train again: bash tools/quickstart.sh --anew"
     exit 0
 fi
 # A run that was stopped goes on from its last save.

@@ -112,11 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", metavar="FILE", help="also write the results there")
 
-    report = _command(commands, "report", "report", "write a run's report.html")
+    report = _command(commands, "report", "report", "show a run's results and write its report.html")
     report.add_argument("run_dir", metavar="RUN_DIR")
 
     compare = _command(commands, "compare", "compare", "set the results of runs side by side")
     compare.add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
+    compare.add_argument("--html", metavar="FILE", help="also write a page with tables and curves there")
 
     _command(
         commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them"

@@ -103,13 +103,17 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Write a run's report.html and say where it is."""
+    """Print a finished run's table, write its report.html and say where it is."""
     from copd_megatron.launch import run_folder
 
     run_dir = run_folder.existing_run(options.run_dir)
-    from copd_megatron.report.html import build_report
+    from copd_megatron.metrics.accuracy import policy_table_text
+    from copd_megatron.report.build import build_report
 
-    print(build_report(run_dir))
+    summary = run_dir / "summary.json"
+    if summary.exists():
+        print(policy_table_text(json.loads(summary.read_text())))
+    print(f"report: {build_report(run_dir)}")
     return 0
 
 
@@ -120,7 +124,7 @@ def compare(options: argparse.Namespace) -> int:
     run_dirs = [run_folder.existing_run(folder) for folder in options.run_dirs]
     from copd_megatron.report.compare import compare_runs
 
-    print(compare_runs(run_dirs))
+    print(compare_runs(run_dirs, Path(options.html) if options.html else None))
     return 0
 
 

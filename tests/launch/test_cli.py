@@ -10,6 +10,7 @@ import pytest
 
 from copd_megatron import __version__
 from copd_megatron.launch import cli
+from support.fake_run import fake_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -145,6 +146,18 @@ def test_config_shows_value_default_type_and_doc(recipe, capsys):
 def test_config_without_a_recipe_shows_defaults(capsys):
     assert cli.main(["config"]) == 0
     assert "model.path = (required)" in capsys.readouterr().out
+
+
+def test_report_and_compare_read_runs(tmp_path, capsys):
+    one, two = (str(fake_run(tmp_path / name, cycles=1)) for name in ("one", "two"))
+    assert cli.main(["report", one]) == 0
+    out = capsys.readouterr().out
+    assert "merged" in out
+    assert out.endswith(f"report: {one}/report.html\n")
+    assert Path(one, "report.html").stat().st_size > 1000
+    assert cli.main(["compare", one, two, "--html", str(tmp_path / "both.html")]) == 0
+    assert "merged" in capsys.readouterr().out
+    assert (tmp_path / "both.html").exists()
 
 
 def test_config_as_json(recipe, capsys, tmp_path):
