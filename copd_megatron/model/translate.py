@@ -195,7 +195,7 @@ _TABLES = ("embedding.weight", "output_weight")
 
 
 def _frozen_parameters(backbone: Backbone) -> dict[str, torch.nn.Parameter]:
-    """Parameters outside the adapter bank by name; a head that is the embedding itself goes by that name only."""
+    """Parameters outside the adapter bank by name; a head that is the embedding goes by that name only."""
     tied = backbone.spec.tied_head and backbone.groups.is_first_stage
     return {name: parameter for name, parameter in backbone.named_parameters(remove_duplicate=False)
             if not name.startswith("bank.") and not (tied and name == "output_weight")}

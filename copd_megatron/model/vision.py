@@ -1,14 +1,16 @@
 """The frozen vision tower: transformers' own module, run once for each prompt, its features cached.
 
-Features of a prompt are a pure function of its media and are always computed for one prompt alone, so that a
-cached feature equals a recomputed one bit for bit, whatever other prompts share the microbatch.
+A cached feature must equal a recomputed one bit for bit, whatever other prompts share the microbatch. So a
+prompt is always evaluated in the same shapes: alone, or, where small pictures would waste a CPU on call
+overhead, in a batch whose size depends on nothing but the prompt's own grids and which is filled up by
+repetition.
 
 Shapes: n visual tokens, H hidden size of the backbone, L deepstack levels.
 """
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,9 @@ from copd_megatron.types import Prompt, UserError, VisualInputs
 
 CACHE_BYTES = 1 << 30
 """Default budget of the feature cache: 1 GiB holds some 50,000 visual tokens of a 4B backbone in bfloat16."""
+
+BATCH_PATCHES = 512
+"""Patches in one call of the tower, where batches are used: 14 pictures of 48 x 48 with patches of 8."""
 
 
 def stage_needs_features(spec: BackboneSpec, layers: range) -> bool:
@@ -63,24 +68,30 @@ class VisionTower:
         Row i belongs to the i-th visual token when the prompts' ``visual_index`` are read one after the
         other.
         """
-        parts = [self._of_prompt(prompt) for prompt in prompts if prompt.visual is not None]
-        if not parts:
+        seeing = [prompt for prompt in prompts if prompt.visual is not None]
+        if not seeing:
             return None
+        found = self._look_up(seeing)
+        parts = [found[prompt.content_hash] for prompt in seeing]
         stacked = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return stacked[0], list(stacked[1:])
 
-    def _of_prompt(self, prompt: Prompt) -> Tensor:
-        """[1 + L, n, H] from the cache or the tower."""
-        key = prompt.content_hash
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        features = self._compute(prompt.visual)
-        if features.shape[1] != len(prompt.visual_index):
-            raise ValueError(f"{prompt.key}: {features.shape[1]} visual features for "
-                             f"{len(prompt.visual_index)} tokens")
-        self._keep(key, features)
-        return features
+    def _look_up(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Content hash -> [1 + L, n, H], from the cache or the tower."""
+        found: dict[str, Tensor] = {}
+        missing: dict[tuple, dict[str, Prompt]] = {}
+        for prompt in prompts:
+            key = prompt.content_hash
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                found[key] = self._cache[key]
+            else:
+                missing.setdefault(_shape_of(prompt.visual), {})[key] = prompt
+        for alike in missing.values():
+            for key, features in self._compute(list(alike.values())):
+                found[key] = features
+                self._keep(key, features)
+        return found
 
     def _keep(self, key: str, features: Tensor) -> None:
         if features.nbytes > self.cache_bytes:
@@ -91,21 +102,49 @@ class VisionTower:
             _, dropped = self._cache.popitem(last=False)
             self.cached_bytes -= dropped.nbytes
 
-    def _compute(self, visual: VisualInputs) -> Tensor:
-        """[1 + L, n, H] with images and videos put back into the order of their tokens."""
-        runs = {"image": self._encode(visual.image_patches, visual.image_grids),
-                "video": self._encode(visual.video_patches, visual.video_grids)}
-        return torch.cat([next(runs[kind]) for kind in visual.order], dim=1)
+    def _compute(self, prompts: list[Prompt]) -> Iterator[tuple[str, Tensor]]:
+        """(content hash, [1 + L, n, H]) of prompts whose media have equal shapes."""
+        size = self._batch_size(prompts[0].visual)
+        for start in range(0, len(prompts), size):
+            batch = prompts[start : start + size]
+            visuals = [prompt.visual for prompt in batch + [batch[0]] * (size - len(batch))]
+            images = self._encode([v.image_patches for v in visuals], [v.image_grids for v in visuals])
+            videos = self._encode([v.video_patches for v in visuals], [v.video_grids for v in visuals])
+            for prompt in batch:
+                runs = {"image": images, "video": videos}
+                features = torch.cat([next(runs[kind]) for kind in prompt.visual.order], dim=1)
+                if features.shape[1] != len(prompt.visual_index):
+                    raise ValueError(f"{prompt.key}: {features.shape[1]} visual features for "
+                                     f"{len(prompt.visual_index)} tokens")
+                yield prompt.content_hash, features
+
+    def _batch_size(self, visual: VisualInputs) -> int:
+        """Prompts with these grids in one call of the tower.
+
+        Only float32 on a CPU gains from batches and gives a row the same bits wherever it stands in one
+        (measured; float64 does not).
+        """
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            return 1
+        patches = sum(len(p) for p in (visual.image_patches, visual.video_patches) if p is not None)
+        return max(1, BATCH_PATCHES // patches)
 
     @torch.no_grad()
-    def _encode(self, patches: np.ndarray | None, grids: np.ndarray | None):
-        """Yield [1 + L, tokens, H] for each image (or each video, whole)."""
-        if patches is None:
+    def _encode(self, patches: list[np.ndarray | None], grids: list[np.ndarray | None]) -> Iterator[Tensor]:
+        """Yield [1 + L, tokens, H] for each image (or each video, whole) of each prompt, in order."""
+        if patches[0] is None:
             return
-        pixels = torch.from_numpy(patches).to(self.device, self.dtype)
-        out = self.module(pixels, grid_thw=torch.from_numpy(grids).to(self.device))
+        pixels = torch.from_numpy(np.concatenate(patches)).to(self.device, self.dtype)
+        grid = torch.from_numpy(np.concatenate(grids))
+        out = self.module(pixels, grid_thw=grid.to(self.device))
         stacked = torch.stack([out.pooler_output, *out.deepstack_features])
-        yield from stacked.split((grids.prod(axis=1) // self.merged_patches).tolist(), dim=1)
+        yield from stacked.split((grid.prod(1) // self.merged_patches).tolist(), dim=1)
+
+
+def _shape_of(visual: VisualInputs) -> tuple:
+    """Equal for prompts that the tower evaluates in equal shapes."""
+    grids = (visual.image_grids, visual.video_grids)
+    return visual.order, *(None if grid is None else grid.tobytes() for grid in grids)
 
 
 @torch.no_grad()

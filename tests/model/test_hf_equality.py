@@ -1,4 +1,4 @@
-"""Logits of the backbone on any layout equal transformers' for text, several images in one prompt, and video."""
+"""On every layout the logits equal transformers': for text, several images in one prompt, and video."""
 from __future__ import annotations
 
 from functools import cache
@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
-from support.tiny_models import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from copd_megatron.config.model import AdapterConfig, ModelConfig
@@ -21,7 +19,10 @@ from copd_megatron.model.vision import VisionTower, stage_needs_features
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
-from copd_megatron.types import Media, Prompt, TaskItem
+from copd_megatron.types import Prompt
+from support.pictures import mixed_questions, question
+from support.ranks import run_ranks
+from support.tiny_models import FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
@@ -33,33 +34,12 @@ TOLERANCE = {"float32": 1e-4, "float64": 5e-6}
 COMPLETIONS = [[40, 41, 42, 43], [50, 40]]
 
 
-def _picture(seed: int, height: int, width: int, frames: int = 0) -> Media:
-    shape = (frames, height, width, 3) if frames else (height, width, 3)
-    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-    return Media("video" if frames else "image", pixels)
-
-
-def _items(family: str) -> list[TaskItem]:
-    """Text for every family; for the visual one several images, a video, and both mixed."""
-    text = TaskItem("text", [{"role": "user", "content": "2 + 3 = "}], (), "5")
-    if family != "qwen3_vl":
-        return [text]
-    images = (_picture(1, 48, 48), _picture(2, 32, 64))
-    video = (_picture(3, 32, 48, frames=5),)
-    mixed = (_picture(4, 32, 32, frames=4), _picture(5, 48, 32), _picture(6, 32, 32, frames=2))
-    return [text, *(TaskItem(name, _ask(media), media, "1") for name, media in
-                    (("images", images), ("video", video), ("mixed", mixed)))]
-
-
-def _ask(media: tuple[Media, ...]) -> list[dict]:
-    parts = [part for m in media for part in ({"type": m.kind}, {"type": "text", "text": " and "})]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": "how many?"}]}]
-
-
 @cache
 def _prompts(family: str) -> list[Prompt]:
+    """Text for every family; for the visual one several images, a video, and both mixed."""
     encoder = PromptEncoder(tiny_model(family))
-    return [encoder.encode(item, item.key) for item in _items(family)]
+    return [encoder.encode(item, item.key) for item in mixed_questions()
+            if encoder.spec.is_visual or not item.media]
 
 
 def _groups(family: str) -> list[LeafGroup]:
@@ -153,6 +133,5 @@ def test_media_change_the_answer():
     """The equality would mean little if neither side looked: swapping two images changes the logits."""
     path = tiny_model("qwen3_vl")
     prompt = next(p for p in _prompts("qwen3_vl") if p.key == "images")
-    swapped = PromptEncoder(path).encode(
-        TaskItem("swapped", prompt.item.messages, prompt.item.media[::-1], "1"), "image")
+    swapped = PromptEncoder(path).encode(question("swapped", *prompt.item.media[::-1]), "image")
     assert (_reference(path, [prompt], "float32") - _reference(path, [swapped], "float32")).abs().max() > 0.05

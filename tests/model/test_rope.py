@@ -1,4 +1,4 @@
-"""Rotary angles equal transformers' bit for bit, and Megatron's rotary applied to them turns as transformers' does."""
+"""Rotary angles equal transformers' bit for bit, and Megatron turns heads by them as transformers does."""
 from __future__ import annotations
 
 import dataclasses
@@ -6,7 +6,6 @@ import dataclasses
 import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
-from support.tiny_models import tiny_model
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
@@ -15,6 +14,7 @@ from copd_megatron.model.hf_config import load_hf_config, read_spec
 from copd_megatron.model.rope import inverse_frequencies, position_row_of_frequency, rotary_frequencies
 from copd_megatron.model.spec import RopeSpec
 from copd_megatron.types import UserError
+from support.tiny_models import tiny_model
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 256}

@@ -6,15 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
 from copd_megatron.model.hf_config import read_spec
 from copd_megatron.model.spec import RopeSpec
 from copd_megatron.types import UserError
+from support.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
 
 def _changed(tmp_path: Path, family: str, **changes: object) -> Path:
-    """A directory with the config of a tiny checkpoint; "text_config.x" changes the nested one, None removes."""
+    """A directory with the config of a tiny checkpoint, changed; ``a__b`` is b inside a, None removes."""
     config = json.loads((tiny_model(family) / "config.json").read_text())
     for key, value in changes.items():
         *parents, leaf = key.split("__")
@@ -46,6 +46,65 @@ def test_text_families():
     assert llama.rope.scaling == {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     assert hash(llama) != hash(qwen)
+
+
+PUBLISHED = {
+    "Qwen3-VL-4B-Instruct": {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "image_token_id": 151655,
+        "model_type": "qwen3_vl",
+        "text_config": {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "dtype": "bfloat16",
+            "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2560,
+            "initializer_range": 0.02, "intermediate_size": 9728, "max_position_embeddings": 262144,
+            "model_type": "qwen3_vl_text", "num_attention_heads": 32, "num_hidden_layers": 36,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_theta": 5000000,
+            "tie_word_embeddings": True,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20],
+                             "rope_type": "default"},
+            "use_cache": True, "vocab_size": 151936},
+        "tie_word_embeddings": True, "transformers_version": "4.57.0.dev0", "video_token_id": 151656,
+        "vision_config": {
+            "deepstack_visual_indexes": [5, 11, 17], "depth": 24, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 1024, "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4096,
+            "model_type": "qwen3_vl", "num_heads": 16, "num_position_embeddings": 2304,
+            "out_hidden_size": 2560, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        "vision_end_token_id": 151653, "vision_start_token_id": 151652},
+    "Qwen3-4B": {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 9728,
+        "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+        "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936},
+    "Llama-3.2-1B-Instruct": {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 8192,
+        "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+        "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256},
+}
+"""Configurations in the form in which these models are published, older spellings included."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    spec = read_spec(tmp_path)
+    layers, hidden, theta, section = {"Qwen3-VL-4B-Instruct": (36, 2560, 5e6, (24, 20, 20)),
+                                      "Qwen3-4B": (36, 2560, 1e6, None),
+                                      "Llama-3.2-1B-Instruct": (16, 2048, 5e5, None)}[name]
+    assert (spec.num_layers, spec.hidden_size, spec.rope.theta, spec.rope.mrope_section) == (
+        layers, hidden, theta, section)
+    assert spec.num_kv_heads == 8 and spec.tied_head and not spec.qkv_bias
+    assert (spec.rope.scaling is not None) == (name == "Llama-3.2-1B-Instruct")
+    spec.check_parallel(8, 16)
 
 
 def test_older_spelling_of_rope_means_the_same(tmp_path):
@@ -98,7 +157,8 @@ def test_unset_and_harmless_options_pass(tmp_path):
     assert read_spec(path) == read_spec(tiny_model("qwen3"))
 
 
-@pytest.mark.parametrize("tp,pp,named", [(3, 1, "3 does not divide"), (4, 1, "key/value heads"), (1, 5, "5 stages")])
+@pytest.mark.parametrize("tp,pp,named", [
+    (3, 1, "3 does not divide"), (4, 1, "key/value heads"), (1, 5, "5 stages")])
 def test_layouts_that_do_not_fit(tp, pp, named):
     spec = read_spec(tiny_model("qwen3"))
     with pytest.raises(UserError, match=r"^parallel\.(tensor|pipeline): ") as caught:
