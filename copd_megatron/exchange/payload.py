@@ -1,16 +1,19 @@
 """What a teacher says about the tokens of one completion, and how it is rounded and packed for the wire.
 
 Every path, co-hosted experts included, passes the same codec, so that placement never changes the training.
-Top-k log-probs are rounded down: the mass of the head then never exceeds 1, and the tail, which is what is
-left of 1 after rounding, is never smaller than the teacher's own. Rounding to nearest would now and then
-leave no tail at all, which a reverse KL punishes without measure. The sampled token's log-prob is not
-narrowed, so that equal experts differ by exactly 0.
+The tail, the log-mass outside the top-k, travels in float32 as the teacher has it; after a narrow wire the
+head is scaled by one factor per token, so that both sum to 1 again:
+
+    log p_k = round(log p_k) + log(1 - tail) - log sum_j exp(round(log p_j))
+
+The other way round, a tail that is what rounding left of 1, is off by as much as all rounding errors
+together: beside a peaked head it is often 0, which a reverse KL punishes by tens of nats times the student's
+own tail. The sampled token's log-prob is not narrowed, so that equal experts differ by exactly 0.
 
 Shape suffixes: T completion tokens, K top-k ids, H hidden size.
 """
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -68,7 +71,7 @@ class Codec:
         return torch.float64 if self.exact else WIRE[self.wire_dtype]
 
     def bytes_per_token(self) -> int:
-        """Payload of one completion token; the tail is computed at the other end."""
+        """Payload of one completion token."""
         return sum(dtype.itemsize * width for dtype, width in self._columns())
 
     def round(self, signal: Signal) -> Signal:
@@ -106,17 +109,17 @@ class Codec:
             # A clone, not contiguous(): a single row counts as contiguous wherever it lies, aligned or not.
             values = part.clone(memory_format=torch.contiguous_format).view(dtype)
             columns.append(values.to(self.decoded_dtype if values.is_floating_point() else torch.int64))
-        columns[0] = columns[0][:, 0]
-        if self.kind == "topk":  # in float64, so that the order of the sum cannot show
-            columns.append(log_tail(columns[2].double()).to(self.decoded_dtype))
-        return [Signal("full", own[0], hidden_TH=own[1]) if self.kind == "full" else Signal(self.kind, *own)
-                for own in zip(*(column.split(list(lengths)) for column in columns))]
+        if self.kind == "topk" and self.dtype != self.decoded_dtype:
+            columns[2] = _scaled_to(columns[2], columns[3])
+        parts = zip(*(column.split(list(lengths)) for column in columns))
+        return [self._signal(*part) for part in parts]
 
     def _columns(self) -> list[tuple[torch.dtype, int]]:
         """(dtype, width) of what a token carries, in order."""
-        others = {"sampled": [], "topk": [(torch.int32, self.topk), (self.dtype, self.topk)],
-                  "full": [(self.dtype, self.hidden_size)]}
-        return [(self.decoded_dtype, 1), *others[self.kind]]
+        own = (self.decoded_dtype, 1)
+        if self.kind == "topk":
+            return [own, (torch.int32, self.topk), (self.dtype, self.topk), own]
+        return [own, (self.dtype, self.hidden_size)] if self.kind == "full" else [own]
 
     def _values(self, signal: Signal) -> list[Tensor]:
         """The tensors of the columns, [T, width] each."""
@@ -124,12 +127,21 @@ class Codec:
             raise ValueError(f"a signal of kind {signal.kind}; this codec packs {self.kind}")
         own = signal.logprobs_T[:, None]
         if self.kind == "topk":
-            return [own, signal.topk_ids_TK, _round_down(signal.topk_logprobs_TK, self.dtype)]
+            tail_T = log_tail(signal.topk_logprobs_TK.double())
+            return [own, signal.topk_ids_TK, signal.topk_logprobs_TK, tail_T[:, None]]
         return [own, signal.hidden_TH] if self.kind == "full" else [own]
 
+    def _signal(self, own_T1: Tensor, *others: Tensor) -> Signal:
+        """Inverse of ``_values``."""
+        own_T = own_T1[:, 0]
+        if self.kind == "topk":
+            ids_TK, logprobs_TK, tail_T1 = others
+            return Signal("topk", own_T, ids_TK, logprobs_TK, tail_T1[:, 0])
+        return Signal(self.kind, own_T, hidden_TH=others[0] if self.kind == "full" else None)
 
-def _round_down(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """To a narrower float type, never upwards."""
-    rounded = values.to(dtype)
-    below = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
-    return torch.where(rounded.to(values.dtype) > values, below, rounded)
+
+def _scaled_to(logprobs_TK: Tensor, log_tail_T1: Tensor) -> Tensor:
+    """Rounded log-probs, scaled so that head and tail sum to 1; in float64, lest the order of sums shows."""
+    rounded = logprobs_TK.double()
+    head = torch.log1p(-log_tail_T1.double().exp())
+    return (rounded + head - rounded.logsumexp(1, keepdim=True)).to(logprobs_TK.dtype)

@@ -188,7 +188,7 @@ def broken_batch(items, completions):
     (lambda item, completion: None, "returned 'None'"), (lambda item, completion: "1.0", "returned '1.0'"),
     (lambda item, completion: float("inf"), "returned 'inf'"),
     (lambda item, completion: [1, 2], "returned"),
-    (lambda item, completion: {"reward": 1}, r"returned a dict with \['reward'\]; allowed is one with 'score'"),
+    (lambda item, completion: {"reward": 1}, r"a dict with \['reward'\]; allowed is one with 'score'"),
     (lambda item, completion: {"score": math.inf}, "returned 'inf'"),
     (lambda items, completions: [1.0], "returned 1 for 3 completions"),
     (lambda items, completions: 1.0, "returned a float for 3 completions"),

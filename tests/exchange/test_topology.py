@@ -1,0 +1,108 @@
+"""Edges of every topology are those on paper, in one order on all ranks; wrong ones are refused by name."""
+import re
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from copd_megatron.config.exchange import ExchangeConfig
+from copd_megatron.config.loading import resolve_object
+from copd_megatron.config.losses import OpdConfig
+from copd_megatron.exchange.topology import edges
+from copd_megatron.types import Edge, UserError
+
+EXPERTS = ("text", "image", "video")
+
+
+def edges_of(topology, experts=EXPERTS, opd_step=0, hub=None, **opd):
+    config = ExchangeConfig(topology=topology, hub=hub)
+    return edges(config, OpdConfig(**opd), experts, opd_step, resolve_object)
+
+
+def pairs_of(*arguments, **settings):
+    return [(edge.teacher, edge.student) for edge in edges_of(*arguments, **settings)]
+
+
+def test_hub_is_the_first_expert_unless_named():
+    assert pairs_of("hub") == [("image", "text"), ("video", "text"), ("text", "image"), ("text", "video")]
+    assert pairs_of("hub", hub="video") == [("video", "text"), ("video", "image"), ("text", "video"),
+                                            ("image", "video")]
+
+
+def test_full_ring_none():
+    assert pairs_of("full") == [("image", "text"), ("video", "text"), ("text", "image"), ("video", "image"),
+                                ("text", "video"), ("image", "video")]
+    assert pairs_of("ring") == [("video", "text"), ("text", "image"), ("image", "video")]
+    assert pairs_of("ring", experts=("a", "b")) == [("b", "a"), ("a", "b")]
+    assert pairs_of("none") == []
+
+
+@given(st.integers(1, 12), st.sampled_from(["hub", "full", "ring", "none"]))
+def test_counts_and_invariants(count, topology):
+    names = [f"e{number}" for number in range(count)]
+    found = pairs_of(topology, experts=names)
+    expected = {"hub": 2 * (count - 1), "full": count * (count - 1), "ring": count * (count > 1), "none": 0}
+    assert len(found) == len(set(found)) == expected[topology]
+    assert all(teacher != student for teacher, student in found)
+    if topology == "hub":  # spokes never score each other
+        assert all("e0" in pair for pair in found)
+
+
+def test_beta_and_signal_are_the_default_unless_the_edge_says():
+    assert edges_of("ring", experts=("a", "b"), beta=0.5, signal="full") == [
+        Edge("b", "a", 0.5, "full"), Edge("a", "b", 0.5, "full")]
+    given_edges = [["image", "video"], Edge("video", "text", 2.0, "full"),
+                   {"teacher": "text", "student": "video", "beta": 0.25, "signal": "topk"}]
+    assert edges_of(given_edges, beta=0.5) == [
+        Edge("video", "text", 2.0, "full"), Edge("text", "video", 0.25, "topk"),
+        Edge("image", "video", 0.5, "sampled")]
+
+
+def star(experts, opd_step):
+    centre = experts[opd_step % len(experts)]
+    return {(centre, other) for other in experts if other != centre}  # a set: in another order on each rank
+
+
+def test_callables_see_the_step_and_their_order_does_not_count():
+    assert pairs_of(star, opd_step=1) == [("image", "text"), ("image", "video")]
+    assert pairs_of(star, opd_step=3) == [("text", "image"), ("text", "video")]
+    assert pairs_of(lambda experts, opd_step: iter([Edge("text", "image")])) == [("text", "image")]
+
+
+def test_callable_of_a_package_outside(tmp_path, monkeypatch):
+    (tmp_path / "my_graphs.py").write_text("def pair(experts, opd_step):\n    return [experts[:2]]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        assert pairs_of("my_graphs:pair") == [("text", "image")]
+        with pytest.raises(UserError, match="^exchange.topology: 'my_graphs:trio' .* has no 'trio'"):
+            edges_of("my_graphs:trio")
+    finally:
+        sys.modules.pop("my_graphs", None)
+
+
+@pytest.mark.parametrize(("topology", "message"), [
+    ("star", "exchange.topology: 'star'; allowed are hub, full, ring, none"),
+    (7, "exchange.topology: 7; allowed are"), (None, "exchange.topology: None; allowed are"),
+    ({"teacher": "text", "student": "image"}, "allowed are hub"),
+    (lambda experts, opd_step: None, "exchange.topology: None; allowed are"),
+    ([["text"]], "['text'] is no edge; allowed is [teacher, student]"),
+    ([["text", "image", "video"]], "is no edge"), ([7], "7 is no edge"),
+    ([{"teacher": "text"}], "is no edge"),
+    ([{"teacher": "text", "student": "image", "weight": 1}], "is no edge"),
+    ([{"teacher": "text", "student": "image", "signal": "logits"}], "a signal of sampled, topk, full"),
+    ([{"teacher": "text", "student": "image", "beta": float("nan")}], "is no edge"),
+    ([{"teacher": "text", "student": "image", "beta": "1"}], "is no edge"),
+    ([["text", "audio"]], "student 'audio'; experts are text, image, video"),
+    ([Edge("audio", "text")], "teacher 'audio'; experts are"),
+    ([["text", "text"]], "'text' teaches itself"),
+    ([["text", "image"], ["video", "text"], Edge("text", "image", 0.5)], "text -> image is given twice"),
+])
+def test_wrong_topologies_are_refused(topology, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        edges_of(topology)
+
+
+def test_unknown_hub():
+    with pytest.raises(UserError, match="exchange.hub: 'audio'; experts are text, image, video"):
+        edges_of("hub", hub="audio")
