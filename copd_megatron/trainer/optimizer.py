@@ -11,6 +11,7 @@ from torch import Tensor
 from copd_megatron.config.trainer import OptimizerConfig
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.parallel.groups import Groups
+from copd_megatron.platform import device
 
 
 class ExpertOptimizer:
@@ -18,10 +19,11 @@ class ExpertOptimizer:
 
     def __init__(self, expert: str, bank: AdapterBank, groups: Groups, config: OptimizerConfig):
         self.expert, self.groups, self.config = expert, groups, config
-        self.parameters = bank.parameters_of(expert)
+        self.parameters, self.dtype = bank.parameters_of(expert), bank.dtype
         self.updates = 0
-        self.adamw = torch.optim.AdamW(self.parameters.values(), lr=config.lr, betas=config.betas, eps=config.eps,
-                                       weight_decay=config.weight_decay)
+        # A dict is a parameter group: a stage below the first adapted layer has an empty one.
+        self.adamw = torch.optim.AdamW([{"params": list(self.parameters.values())}], lr=config.lr, betas=config.betas,
+                                       eps=config.eps, weight_decay=config.weight_decay)
 
     def learning_rate(self) -> float:
         """Of the next update: lr x min(1, (updates + 1) / warmup_steps)."""
@@ -45,7 +47,8 @@ class ExpertOptimizer:
         self._reduce(grads)
         norm = self._norm(grads)
         clip = torch.clamp(self.config.max_grad_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(grads, clip)
+        if grads:
+            torch._foreach_mul_(grads, clip)
         lr = self.learning_rate()
         for group in self.adamw.param_groups:
             group["lr"] = lr
@@ -65,13 +68,12 @@ class ExpertOptimizer:
 
     def _norm(self, grads: list[Tensor]) -> Tensor:
         """Global norm: split factors summed over TP, replicated ones counted once, summed over PP."""
-        split = grads[0].new_zeros(()) if grads else torch.zeros(())
-        whole = torch.zeros_like(split)
+        split, whole = torch.zeros(2, dtype=self.dtype, device=device())
         for parameter, grad in zip(self.parameters.values(), grads):
             if parameter.tp_dim is None:
-                whole += grad.pow(2).sum()
+                whole = whole + grad.pow(2).sum()
             else:
-                split += grad.pow(2).sum()
+                split = split + grad.pow(2).sum()
         if self.groups.layout.tp > 1:
             dist.all_reduce(split, group=self.groups.tp)
         total = split + whole

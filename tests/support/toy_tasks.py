@@ -1,4 +1,4 @@
-"""Questions a random tiny model can learn to answer: the verifier likes some letters of the answer."""
+"""Questions whose every answer earns something, so that even a random tiny model has a reward to learn from."""
 from __future__ import annotations
 
 import numpy as np
@@ -7,7 +7,7 @@ from copd_megatron.types import Media, TaskItem
 
 
 class LetterTask:
-    """Reward: share of the wanted letter among the answer's characters. Endless, or ``count`` questions."""
+    """Reward: share of the answer's characters whose code is, modulo 3, the letter's. Endless, or ``count`` questions."""
 
     def __init__(self, letter: str = "a", media: str | None = None, count: int | None = None):
         self.letter, self.media, self.count = letter, media, count
@@ -28,7 +28,8 @@ class LetterTask:
                         (Media(self.media, pixels),), self.letter)
 
     def verify(self, item, completion):
-        return {"accuracy": completion.count(item.answer) / max(1, len(completion)), "format": float(bool(completion))}
+        hits = sum(ord(c) % 3 == ord(item.answer) % 3 for c in completion)
+        return {"accuracy": hits / max(1, len(completion)), "format": float(bool(completion))}
 
     def extract(self, completion):
         return completion or None
