@@ -82,8 +82,8 @@ def render(chart: Chart, salt: str) -> str:
         FigureCanvasSVG(figure)
         axes = figure.add_axes((0.12, 0.17, 0.865, 0.80))  # fixed: an automatic layout draws everything twice
         _style(axes, chart)
-        for a, b in chart.spans:
-            axes.axvspan(a, b, color=_STAND_IN["shade"], linewidth=0, zorder=0)
+        axes.broken_barh([(a, b - a) for a, b in chart.spans], (0, 1), transform=axes.get_xaxis_transform(),
+                         color=_STAND_IN["shade"], linewidth=0, zorder=0)
         if chart.stacked:
             _draw_stacked(axes, lines)
         else:
@@ -188,13 +188,13 @@ def _unbroken(line: Line) -> list[Line]:
 
 
 def _draw_stacked(axes: Axes, lines: Sequence[Line]) -> None:
-    """Bars of at most 60 buckets, the first line at the bottom."""
-    bottom = None
+    """Steps of at most 120 buckets, the first line at the bottom."""
+    bottom = 0.0
     for line in lines:
-        x, y = bucket(line.x, np.nan_to_num(line.y), 60)
-        width = 0.86 * (x[1] - x[0] if len(x) > 1 else 1.0)
-        bottom = np.zeros_like(y) if bottom is None else bottom
-        axes.bar(x, y, width, bottom=bottom, color=_STAND_IN[line.colour], linewidth=0)
+        x, y = bucket(line.x, np.nan_to_num(line.y), 120)
+        half = (x[1] - x[0]) / 2 if len(x) > 1 else 0.5
+        edges = np.concatenate([[x[0] - half], (x[1:] + x[:-1]) / 2, [x[-1] + half]])
+        axes.stairs(bottom + y, edges, baseline=bottom, fill=True, color=_STAND_IN[line.colour], linewidth=0)
         bottom = bottom + y
 
 
