@@ -15,18 +15,22 @@ from copd_kernels.prefix_attention.plan import Block, Plan
 _aten = torch.ops.aten
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Dense attention with its log-sum-exp, without autograd.
 
     Args:
         q: [B, heads, Q, d]; k, v: [B, heads, K, d].
+        bias: [B, 1, 1, K] of q's dtype, added to the scores (-inf hides padding keys; no row may hide all).
+            CUDA's kernel wants K to be a multiple of 16 then.
 
     Returns:
         out [B, heads, Q, d] of q's dtype and lse [B, heads, Q] (float32, or float64 for float64).
     """
     if not q.is_cuda:
-        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
+        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias)
+    if bias is not None:
+        bias = bias.expand(*q.shape[:3], -1)
+    out, lse, *_ = _aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, causal)
     # The kernel pads the log-sum-exp to a multiple of 32 queries.
     return out, lse[..., :q.shape[2]]
 

@@ -1,0 +1,1 @@
+"""Rollout: completions sampled from experts, with their log-probs, turn by turn."""

@@ -1,0 +1,262 @@
+"""Attention of decode steps: the prompts' KV, one copy for all lanes that share it, and each lane's own.
+
+A lane attends to its trunk (the prefix of its prompt, evaluated once) and to its own rows so far. The two softmaxes
+are merged exactly by log-sum-exp, as in ``copd_kernels.prefix_attention``; the lanes of a trunk meet its keys in one
+dense product (Juravsky et al. 2024, arXiv:2402.05099). All lanes advance in lockstep, so their own rows fill one
+rectangle without padding.
+
+Shapes: L lanes, c rows per lane in a step, t own rows so far, B trunks of a block, Q lanes per trunk, P trunk tokens.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from copd_kernels.prefix_attention.fused import attend, fold, unfold
+from copd_kernels.prefix_attention.plan import Block
+from copd_megatron.model.attention import KV
+from copd_megatron.model.shared_prefix import Pack
+
+PADDING_LIMIT, PADDING_TOKENS = 1.25, 32
+"""A trunk joins a block of longer ones while that pads it by at most a quarter of its length, or 32 keys."""
+
+KEY_ALIGNMENT = 16
+"""Padded blocks have a multiple of this many keys: CUDA's kernel reads the mask in aligned pieces."""
+
+FIRST_CAPACITY = 16
+"""Rows that the own caches start with; doubled when full."""
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixBlock:
+    """Trunks of similar length side by side."""
+
+    trunks: np.ndarray
+    """[B] their numbers in the wave."""
+    lengths: np.ndarray
+    """[B] tokens of each."""
+    kv: dict[int, KV]
+    """1-based layer -> K, V, each [B, kv_heads, P, d], padded on the right."""
+    bias: Tensor | None
+    """[B, 1, 1, P], -inf at padding; None when every trunk has length P."""
+
+    def select(self, index: np.ndarray) -> PrefixBlock:
+        """Some of the trunks."""
+        where = torch.from_numpy(index).to(next(iter(self.kv.values()))[0].device)
+        kv = {layer: (k.index_select(0, where), v.index_select(0, where)) for layer, (k, v) in self.kv.items()}
+        bias = None if self.bias is None else self.bias.index_select(0, where)
+        return PrefixBlock(self.trunks[index], self.lengths[index], kv, bias)
+
+
+def prefix_blocks(pack: Pack, capture: dict[int, KV], numbers: Mapping[tuple[int, str | None], int]
+                  ) -> list[PrefixBlock]:
+    """The trunks of an evaluated pack as blocks; empties ``capture`` layer by layer, so that memory does not double.
+
+    Args:
+        pack: built with ``trunks_only``.
+        capture: what ``Backbone.forward`` captured: 1-based layer -> K, V of the whole stream, [T, kv_heads, d].
+        numbers: (group of the pack, lane) as in ``Pack.trunk_rows`` -> number of the trunk in the wave.
+    """
+    blocks, gathers = [], []
+    sample = next(iter(capture.values()))[0]
+    for keys in _similar(sorted(numbers, key=lambda key: len(pack.trunk_rows[key][1]), reverse=True), pack):
+        lengths = np.array([len(pack.trunk_rows[key][1]) for key in keys])
+        width = int(lengths.max())
+        ragged = lengths.min() < width
+        if ragged:
+            width = -(-width // KEY_ALIGNMENT) * KEY_ALIGNMENT
+        columns = np.minimum(np.arange(width), lengths[:, None] - 1)
+        padding = torch.from_numpy(np.arange(width) >= lengths[:, None]).to(sample.device)[:, None, None]
+        bias = torch.zeros(padding.shape, dtype=sample.dtype, device=sample.device)
+        blocks.append(PrefixBlock(np.array([numbers[key] for key in keys]), lengths, {},
+                                  bias.masked_fill_(padding, float("-inf")) if ragged else None))
+        starts = np.array([[rows.start for rows in pack.trunk_rows[key]] for key in keys])
+        gathers.append([torch.from_numpy(starts[:, level, None] + columns).to(sample.device) for level in (0, 1)])
+    for layer in sorted(capture):
+        level = 0 if pack.level(layer - 1) is pack.lower else 1
+        kv = capture.pop(layer)
+        for block, rows in zip(blocks, gathers):
+            block.kv[layer] = tuple(x[rows[level]].transpose(1, 2).contiguous() for x in kv)
+    return blocks
+
+
+def _similar(keys: Iterable[tuple], pack: Pack) -> list[list[tuple]]:
+    """Trunk keys, longest first, cut into runs of similar length."""
+    runs: list[list[tuple]] = []
+    longest = 0
+    for key in keys:
+        length = len(pack.trunk_rows[key][1])
+        if not runs or longest > max(PADDING_LIMIT * length, length + PADDING_TOKENS):
+            runs.append([])
+            longest = length
+        runs[-1].append(key)
+    return runs
+
+
+class OwnCache:
+    """K and V of the rows that the lanes themselves fed, per layer [L, kv_heads, capacity, d], grown in place."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        """Rows of every lane, the current step's included."""
+        self._start = 0
+        self._kv: dict[int, KV] = {}
+
+    def advance(self, rows: int) -> None:
+        """Begin a step in which every lane feeds ``rows`` rows."""
+        self._start, self.length = self.length, self.length + rows
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> KV:
+        """Add this step's k, v [L, kv_heads, c, d]; returns all of the layer's, views [L, kv_heads, t, d]."""
+        have = self._kv.get(layer)
+        if have is None or have[0].shape[2] < self.length:
+            have = self._kv[layer] = tuple(self._grown(new, old) for new, old in zip((k, v), have or (None, None)))
+        for new, cache in zip((k, v), have):
+            cache[:, :, self._start:self.length] = new
+        return have[0][:, :, :self.length], have[1][:, :, :self.length]
+
+    def select(self, lanes: Tensor) -> None:
+        """Keep some lanes."""
+        self._kv = {layer: (k.index_select(0, lanes), v.index_select(0, lanes)) for layer, (k, v) in self._kv.items()}
+
+    def _grown(self, like: Tensor, old: Tensor | None) -> Tensor:
+        capacity = max(FIRST_CAPACITY, self.length, 0 if old is None else 2 * old.shape[2])
+        grown = like.new_empty(*like.shape[:2], capacity, like.shape[3])
+        if old is not None:
+            grown[:, :, :self._start] = old[:, :, :self._start]
+        return grown
+
+
+@dataclass(frozen=True, eq=False)
+class _Meeting:
+    """A prefix block with the lanes that attend to it."""
+
+    block: PrefixBlock
+    lanes: Block
+    """[B, Q] lanes per trunk."""
+    everybody: bool
+    """The lanes are all lanes in order, so nothing need be gathered."""
+
+
+class DecodeAttention(PackedSeqParams):
+    """Attention of one decode step of L lanes; rows are lane-major, c rows per lane.
+
+    Sits where Megatron passes ``packed_seq_params``; see ``copd_megatron.model.attention``. The first step may feed
+    several rows per lane, later ones feed one.
+    """
+
+    def __init__(self, blocks: Sequence[PrefixBlock], trunk_of_lane: np.ndarray, device: torch.device,
+                 backend: str = "flash"):
+        """Args:
+            blocks: all trunks of the wave (unused ones are dropped).
+            trunk_of_lane: [L] number of each lane's trunk, -1 for none.
+            backend: "flash", or "reference": one plain softmax per lane.
+        """
+        super().__init__(qkv_format="sbhd")
+        self.device, self.backend = device, backend
+        self.own = OwnCache()
+        self._meet(blocks, trunk_of_lane)
+
+    @property
+    def lanes(self) -> int:
+        """L."""
+        return len(self.trunk_of_lane)
+
+    def keep(self, lanes: np.ndarray) -> None:
+        """Go on with some of the lanes only."""
+        self.own.select(torch.from_numpy(lanes).to(self.device))
+        self._meet([meeting.block for meeting in self._meetings], self.trunk_of_lane[lanes])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[L c, heads, d] from q [L c, heads, d] and k, v [L c, kv_heads, d] of 1-based layer ``layer``.
+
+        ``own.advance(c)`` must have been called once for the step.
+        """
+        q, k, v = (x.unflatten(0, (self.lanes, -1)).transpose(1, 2) for x in (q, k, v))
+        keys, values = self.own.append(layer, k, v)
+        if self.backend == "reference":
+            out = self._reference(layer, q, keys, values)
+        else:
+            out = self._merged(layer, q, keys, values)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def _meet(self, blocks: Iterable[PrefixBlock], trunk_of_lane: np.ndarray) -> None:
+        """Find out which lanes attend to which trunk."""
+        self.trunk_of_lane = trunk_of_lane
+        order = np.argsort(trunk_of_lane, kind="stable")
+        trunks, first = np.unique(trunk_of_lane[order], return_index=True)
+        members = dict(zip(trunks.tolist(), np.split(order, first[1:])))
+        self._meetings: list[_Meeting] = []
+        for block in blocks:
+            used = np.flatnonzero(np.isin(block.trunks, trunks))
+            if not len(used):
+                continue
+            block = block if len(used) == len(block.trunks) else block.select(used)
+            ranges = [members[trunk] for trunk in block.trunks.tolist()]
+            joined = np.concatenate(ranges)
+            everybody = (np.array_equal(joined, np.arange(len(trunk_of_lane)))
+                         and len({len(lanes) for lanes in ranges}) == 1)
+            self._meetings.append(_Meeting(block, Block.build(ranges, self.device), everybody))
+
+    def _merged(self, layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """[L, heads, c, d] from q [L, heads, c, d] and own keys, values [L, kv_heads, t, d]."""
+        heads, kv_heads, rows = q.shape[1], keys.shape[1], q.shape[2]
+        if rows == 1:
+            out, lse = (unfold(x, heads) for x in attend(fold(q, kv_heads), keys, values, False))
+        elif rows == keys.shape[2]:
+            repeat = heads // kv_heads
+            out, lse = attend(q, keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1), True)
+        else:
+            raise ValueError(f"{rows} rows per lane after {keys.shape[2] - rows}; only the first step may feed several")
+        for meeting in self._meetings:
+            part, part_lse = self._with_trunk(layer, q, meeting)
+            if meeting.everybody:
+                out, lse = _merge(out, lse, part, part_lse)
+            else:
+                lanes = meeting.lanes.rows
+                merged, merged_lse = _merge(out[lanes], lse[lanes], part, part_lse)
+                out, lse = out.index_copy(0, lanes, merged), lse.index_copy(0, lanes, merged_lse)
+        return out
+
+    def _with_trunk(self, layer: int, q: Tensor, meeting: _Meeting) -> tuple[Tensor, Tensor]:
+        """Attention of a block's lanes to their trunks: out [n, heads, c, d] and lse [n, heads, c]."""
+        block, (trunks, per_trunk) = meeting.block, meeting.lanes.shape
+        heads, rows = q.shape[1:3]
+        k, v = block.kv[layer]
+        queries = q if meeting.everybody else q.index_select(0, meeting.lanes.index)
+        queries = queries.unflatten(0, (trunks, per_trunk)).transpose(1, 2).flatten(2, 3)
+
+        def back(x: Tensor) -> Tensor:
+            x = unfold(x, heads).unflatten(2, (per_trunk, rows)).transpose(1, 2).flatten(0, 1)
+            return x if meeting.lanes.slots is None else x.index_select(0, meeting.lanes.slots)
+
+        part, lse = attend(fold(queries, k.shape[1]), k, v, False, block.bias)
+        return back(part), back(lse)
+
+    def _reference(self, layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """As ``_merged``: one dense softmax per lane over its trunk and its own rows."""
+        place = {int(trunk): (meeting.block, i) for meeting in self._meetings
+                 for i, trunk in enumerate(meeting.block.trunks)}
+        repeat, rows, length = q.shape[1] // keys.shape[1], q.shape[2], keys.shape[2]
+        out = torch.empty_like(q)
+        for lane, trunk in enumerate(self.trunk_of_lane.tolist()):
+            k, v = keys[lane], values[lane]
+            if trunk >= 0:
+                block, i = place[trunk]
+                k, v = (torch.cat([x[i, :, :block.lengths[i]], own], 1) for x, own in zip(block.kv[layer], (k, v)))
+            scores = q[lane] @ k.repeat_interleave(repeat, 0).transpose(1, 2) * q.shape[-1] ** -0.5
+            future = torch.ones(rows, k.shape[1], dtype=torch.bool, device=q.device).triu(k.shape[1] - rows + 1)
+            out[lane] = scores.masked_fill(future, float("-inf")).softmax(-1) @ v.repeat_interleave(repeat, 0)
+        return out
+
+
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two softmaxes over disjoint keys as one."""
+    both = torch.logaddexp(lse, part_lse)
+    merged = out * (lse - both).exp()[..., None] + part * (part_lse - both).exp()[..., None]
+    return merged.to(out.dtype), both

@@ -1,0 +1,217 @@
+"""The embedded rollout engine: decodes on the training shards themselves, many experts and prompts in one batch.
+
+A wave of at most ``rollout.decode_lanes`` lanes: its distinct prefixes are evaluated once (per expert above
+``adapter.first_layer`` in scope ``sequence``, else for all), then all its lanes step in lockstep. A lane starts with
+the forced tokens that training's packs start a leaf with, so log-probs are the trainer's up to rounding.
+
+Pipeline stages relay hidden states; the last one samples and broadcasts, so every rank of the replica knows every
+token and takes the same turns.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from copd_megatron.config.rollout import RolloutConfig
+from copd_megatron.model.attention import KV
+from copd_megatron.model.backbone import Backbone
+from copd_megatron.model.shared_prefix import Leaf, LeafGroup, Pack, PackRules, build_pack, pack_tokens
+from copd_megatron.model.vision import stage_needs_features
+from copd_megatron.parallel.groups import Groups
+from copd_megatron.platform import device
+from copd_megatron.rollout.decode_state import Answers, DecodeState
+from copd_megatron.rollout.engine import EngineCounters, Request, VisualSource
+from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock, prefix_blocks
+from copd_megatron.rollout.lanes import Prefixes, Wave, plan_waves
+from copd_megatron.rollout.sampling import sample
+from copd_megatron.types import Completion, Segment, UserError
+
+COMPACT_AT = 0.75
+"""Ended lanes leave the batch once at most this share of it still runs: copying the caches then pays."""
+
+
+class MegatronEngine:
+    """A ``RolloutEngine`` over a backbone and its adapter bank. Every rank of the replica makes the same calls."""
+
+    def __init__(self, backbone: Backbone, groups: Groups, config: RolloutConfig, seed: int):
+        self.backbone, self.groups, self.config, self.seed = backbone, groups, config, seed
+        self.counters = EngineCounters()
+        self.device = device()
+        rules = backbone.rules
+        self.rules = rules
+        # The naive engine differs in one thing: equal prefixes are evaluated again for every completion.
+        self._prefill_rules = PackRules(rules.scope, rules.first_layer, sharing=True)
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], visual: VisualSource | None = None) -> list[list[Completion]]:
+        """See ``RolloutEngine.generate``."""
+        for request in requests:
+            self._check(request, visual)
+        completions: list[list[Completion]] = [[] for _ in requests]
+        prefixes, blocks = None, []
+        for wave in plan_waves(requests, self.rules, self.config.decode_lanes):
+            if wave.prefixes is not prefixes:
+                prefixes, blocks = wave.prefixes, []  # Free the last wave's before the next is computed.
+                blocks = self._prefill(prefixes, visual)
+            answers = self._decode(wave, requests, blocks)
+            for index, completion in _completions(wave, requests, answers):
+                completions[index].append(completion)
+            self.counters.decoded_tokens += int(answers.lengths.sum())
+        for request, group in zip(requests, completions):
+            group.sort(key=lambda completion: completion.sample)
+            self.counters.prompt_tokens_asked += len(group) * len(request.prompt.token_ids)
+            self.counters.prompt_tokens_computed += len(group) * self.rules.forced(request.prompt)
+        return completions
+
+    def _check(self, request: Request, visual: VisualSource | None) -> None:
+        """Refuse a request before any work is done."""
+        prompt, vocabulary = request.prompt, self.backbone.spec.vocab_size
+        policies = self.backbone.bank.slots
+        if request.expert is not None and request.expert not in policies:
+            raise UserError(f"rollout: the policy {request.expert!r} was asked for; this replica holds "
+                            f"{', '.join(map(repr, policies))} and the backbone (None); ask one that hosts it")
+        length, limit = len(prompt.token_ids), self.config.max_prompt_tokens
+        if length > limit:
+            raise UserError(f"rollout.max_prompt_tokens: prompt {prompt.key!r} has {length} tokens; allowed are "
+                            f"{limit}; raise the limit or leave the prompt out")
+        if not 1 <= self.rules.forced(prompt) <= length:
+            raise UserError(f"adapter.scope: prompt {prompt.key!r} of {length} tokens has a generation header of "
+                            f"{prompt.header_tokens}; scope completion adapts from a header of at least 1 token on; "
+                            "use a chat template with one, or scope sequence")
+        outside = [token for token in request.params.stop_token_ids if not 0 <= token < vocabulary]
+        if outside:
+            raise ValueError(f"stop_token_ids: {outside}; ids of this vocabulary are 0 to {vocabulary - 1}")
+        if len(prompt.visual_index) and visual is None:
+            raise ValueError(f"visual: not given, but prompt {prompt.key!r} has media")
+
+    def _prefill(self, prefixes: Prefixes, visual: VisualSource | None) -> list[PrefixBlock]:
+        """Evaluate all trunks of a wave, pack by pack."""
+        blocks = []
+        for slots in self._pack_slots(prefixes):
+            groups = [_trunks_of(prefixes, slot) for slot in slots]
+            pack = build_pack(groups, self._prefill_rules, self.device, trunks_only=True)
+            capture = self._capture(pack, visual)
+            numbers = {(place, owner): prefixes.numbers[slot, owner]
+                       for place, slot in enumerate(slots) for owner in prefixes.owners[slot]}
+            blocks += prefix_blocks(pack, capture, numbers)
+            self.counters.prompt_tokens_computed += self._mean_tokens(pack)
+        return blocks
+
+    def _pack_slots(self, prefixes: Prefixes) -> Iterator[list[int]]:
+        """Prompts that are evaluated together: as many as ``rollout.max_prompt_tokens`` holds, at least one."""
+        slots, total = [], 0
+        for slot, owners in enumerate(prefixes.owners):
+            if not owners:
+                continue
+            tokens = pack_tokens([_trunks_of(prefixes, slot)], self._prefill_rules)
+            if slots and total + tokens > self.config.max_prompt_tokens:
+                yield slots
+                slots, total = [], 0
+            slots.append(slot)
+            total += tokens
+        if slots:
+            yield slots
+
+    def _capture(self, pack: Pack, visual: VisualSource | None) -> dict[int, KV]:
+        """Run a pack of trunks through this stage: 1-based layer -> K, V."""
+        layers, capture, features = self.backbone.layer_range, {}, None
+        if stage_needs_features(self.backbone.spec, layers) and any(len(p.visual_index) for p in pack.prompts):
+            features = visual(pack.prompts)
+        entering = pack.level(max(layers.start - 1, 0)).tokens
+        self._relay(entering, lambda: self.backbone(pack, features, capture))
+        return capture
+
+    def _mean_tokens(self, pack: Pack) -> float:
+        """Tokens of a pack, averaged over the layers."""
+        total = self.backbone.spec.num_layers
+        return sum(pack.level(layer).tokens for layer in range(total)) / total
+
+    def _decode(self, wave: Wave, requests: Sequence[Request], blocks: Sequence[PrefixBlock]) -> Answers:
+        """Step all lanes of a wave until each has ended."""
+        state = DecodeState(wave, requests, self.rules, self.seed, self.device)
+        attention = DecodeAttention(blocks, wave.trunk, self.device, self.backbone.backend)
+        experts, rows = wave.experts, state.first_rows
+        while True:
+            token_ids, position_ids = state.inputs(attention.own.length)
+            attention.own.advance(rows)
+            hidden = self._forward(token_ids, position_ids, attention, _routing(experts, rows))
+            fed = attention.own.length
+            sampled = self._sample(hidden, state, fed, rows)
+            running = state.record(fed, sampled)
+            if running == 0:
+                return state.answers()
+            if running <= COMPACT_AT * len(state.lanes):
+                kept = state.keep_running()
+                attention.keep(kept)
+                experts = _kept_experts(wave.experts, state.lanes)
+            rows = 1
+
+    def _forward(self, token_ids: Tensor, position_ids: Tensor, attention: DecodeAttention, routing) -> Tensor:
+        """[L c, 1, H] of this stage."""
+        return self._relay(len(token_ids), lambda: self.backbone.forward_step(token_ids, position_ids, attention,
+                                                                              routing))
+
+    def _sample(self, hidden: Tensor, state: DecodeState, fed: int, rows: int) -> Tensor:
+        """[3, L] float64 for ``DecodeState.record``, the same on every rank of the replica."""
+        lanes = len(state.lanes)
+        sampled = torch.zeros(3, lanes, dtype=torch.float64, device=self.device)
+        if self.groups.is_last_stage:
+            last = hidden[:, 0].unflatten(0, (lanes, rows))[:, -1]
+            uniform, ready, how = state.uniforms(fed), state.ready(fed), state.how
+            if ready is None:
+                sampled = _stack(sample(last, self.backbone.head, how, uniform, self.config.temperature))
+            elif len(ready):
+                where = torch.from_numpy(ready).to(self.device)
+                drawn = sample(last.index_select(0, where), self.backbone.head, how.select(ready),
+                               uniform.index_select(0, where), self.config.temperature)
+                sampled.index_copy_(1, where, _stack(drawn))
+        if self.groups.layout.pp > 1:
+            dist.broadcast(sampled, src=self.groups.last_stage_rank, group=self.groups.pp)
+        return sampled
+
+    def _relay(self, entering: int, run: Callable[[], Tensor]) -> Tensor:
+        """Run this stage between its neighbours: receive ``entering`` rows, run, send on what it returns."""
+        groups, backbone = self.groups, self.backbone
+        if not groups.is_first_stage:
+            received = torch.empty(entering, 1, backbone.spec.hidden_size, dtype=backbone.dtype, device=self.device)
+            dist.recv(received, group=groups.pp, group_src=groups.coords.pp - 1)
+            backbone.set_input_tensor(received)
+        hidden = run()
+        if not groups.is_last_stage:
+            dist.send(hidden.contiguous(), group=groups.pp, group_dst=groups.coords.pp + 1)
+        return hidden
+
+
+def _trunks_of(prefixes: Prefixes, slot: int) -> LeafGroup:
+    """One prompt with a leaf for each trunk that it needs."""
+    return LeafGroup(prefixes.prompts[slot], [Leaf(owner, ()) for owner in prefixes.owners[slot]])
+
+
+def _routing(experts: Sequence[tuple[str | None, slice]], rows: int) -> list[tuple[str, slice]]:
+    """(expert, rows of the step) from lanes, ``rows`` rows each."""
+    return [(expert, slice(lanes.start * rows, lanes.stop * rows)) for expert, lanes in experts if expert is not None]
+
+
+def _kept_experts(experts: Sequence[tuple[str | None, slice]], lanes) -> list[tuple[str | None, slice]]:
+    """Each policy's place in the batch when only ``lanes`` (ascending) of the wave are left."""
+    ends = [(expert, slice(*lanes.searchsorted([part.start, part.stop]).tolist())) for expert, part in experts]
+    return [(expert, part) for expert, part in ends if part.start < part.stop]
+
+
+def _stack(drawn) -> Tensor:
+    return torch.stack([column.double() for column in drawn])
+
+
+def _completions(wave: Wave, requests: Sequence[Request], answers: Answers) -> Iterator[tuple[int, Completion]]:
+    """(index of its request, completion) of every lane."""
+    for lane, (index, sample_number) in enumerate(zip(wave.request.tolist(), wave.sample.tolist())):
+        request, length = requests[index], int(answers.lengths[lane])
+        new = Segment(answers.token_ids[lane, :length].tolist(), "policy",
+                      answers.logprobs[lane, :length].tolist(), answers.sampled_logprobs[lane, :length].tolist())
+        prior = [Segment(list(s.token_ids), s.origin, list(s.logprobs), list(s.sampled_logprobs))
+                 for s in request.prior]
+        yield index, Completion(request.prompt, request.expert, sample_number, [*prior, new],
+                                "stop" if answers.stopped[lane] else "length")

@@ -1,0 +1,309 @@
+"""The embedded engine keeps the contract; sharing, compaction, attention backend and layout change nothing."""
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+pytest.register_assert_rewrite("rollout.engine_contract")
+
+from rollout.engine_contract import EngineContract, tokens  # noqa: E402
+from support.random_backbone import SPEC, make_backbone, make_prompt, one_rank_groups  # noqa: E402
+from support.ranks import run_ranks  # noqa: E402
+from support.tiny_models import tiny_model  # noqa: E402
+
+from copd_megatron.config.model import AdapterConfig, ModelConfig  # noqa: E402
+from copd_megatron.config.rollout import RolloutConfig  # noqa: E402
+from copd_megatron.model.backbone import Backbone  # noqa: E402
+from copd_megatron.model.hf_config import read_spec  # noqa: E402
+from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack  # noqa: E402
+from copd_megatron.model.translate import load_backbone_weights  # noqa: E402
+from copd_megatron.model.vocab_parallel import score  # noqa: E402
+from copd_megatron.parallel.groups import Groups  # noqa: E402
+from copd_megatron.parallel.layout import Layout  # noqa: E402
+from copd_megatron.parallel.placement import Placement  # noqa: E402
+from copd_megatron.parallel.seeding import generator_for  # noqa: E402
+from copd_megatron.rollout import megatron_engine  # noqa: E402
+from copd_megatron.rollout.engine import Request, SamplingParams  # noqa: E402
+from copd_megatron.rollout.megatron_engine import MegatronEngine  # noqa: E402
+from copd_megatron.types import Segment  # noqa: E402
+
+CPU = torch.device("cpu")
+LENGTHS = {1: 9, 2: 6, 3: 13}
+"""Number -> length of the contract's prompts."""
+
+
+def features(prompts, spec=SPEC):
+    """Invented features that depend on the prompt alone: (merged, deepstack)."""
+    found = [torch.randn(1 + spec.deepstack_layers, len(p.visual_index), spec.hidden_size, dtype=torch.float64,
+                         generator=generator_for(0, p.key)) for p in prompts if len(p.visual_index)]
+    stacked = torch.cat(found, 1)
+    return stacked[0], list(stacked[1:])
+
+
+class MegatronHarness:
+    """The engine over a random float64 backbone on one rank; truth is the naive trainer with plain attention."""
+
+    experts, vocab_size, tolerance, max_prompt_tokens = ("a", "b"), SPEC.vocab_size, 1e-11, 40
+    visual = staticmethod(features)
+
+    def __init__(self, groups, **options):
+        self.groups = groups
+        self.backbone = make_backbone(groups, **options)
+        self.trainer = make_backbone(groups, **{**options, "sharing": False, "attention": "reference"})
+
+    def engine(self, **rollout):
+        config = RolloutConfig(**{"max_prompt_tokens": self.max_prompt_tokens, **rollout})
+        return MegatronEngine(self.backbone, self.groups, config, seed=7)
+
+    def prompt(self, number, visual=False):
+        return make_prompt(number, LENGTHS[number], visual_tokens=4 if visual else 0)
+
+    @torch.no_grad()
+    def logprobs(self, prompt, expert, token_ids, temperature):
+        pack = build_pack([LeafGroup(prompt, [Leaf(expert, token_ids)])], self.trainer.rules, CPU)
+        hidden = self.trainer(pack, features([prompt]) if len(prompt.visual_index) else None)
+        everything = torch.arange(self.vocab_size).expand(len(token_ids), -1)
+        return score(hidden, self.trainer.head, pack.target_ids, temperature=temperature,
+                     at_ids_TK=everything).at_logprobs_TK.numpy()
+
+
+@pytest.fixture(scope="module")
+def groups():
+    made = one_rank_groups()
+    yield made
+    made.destroy()
+
+
+@pytest.fixture(scope="module", params=[("sequence", 0), ("completion", 1)], ids=lambda p: f"{p[0]}-{p[1]}")
+def harness(request, groups):
+    scope, first_layer = request.param
+    return MegatronHarness(groups, scope=scope, first_layer=first_layer)
+
+
+class TestMegatronEngine(EngineContract):
+    """The contract, in both scopes."""
+
+
+PARAMS = SamplingParams(max_tokens=7, stop_token_ids=(7, 20, 33))
+
+
+def _requests():
+    """Several policies and prompts, one with media, one of a single row beyond the header, and a continuation."""
+    prompts = [make_prompt(1, 9, visual_tokens=4), make_prompt(2, 6), make_prompt(3, 30), make_prompt(4, 3)]
+    requests = [Request(p, expert, 4, PARAMS, (2,)) for p in prompts for expert in ("b", None, "a")]
+    prior = (Segment([11, 12], "policy", [-1.0, -1.0], [-1.0, -1.0]), Segment([13], "environment"))
+    return [*requests, Request(prompts[0], "a", 2, PARAMS, (3,), prior=prior)]
+
+
+def _outcome(completions):
+    """Tokens, ends, and all log-probs in one array."""
+    flat = [c for group in completions for c in group]
+    logprobs = np.concatenate([[c.segments[-1].logprobs, c.segments[-1].sampled_logprobs] for c in flat], 1)
+    return tokens(completions), [c.finish for c in flat], logprobs
+
+
+def _same(one, other):
+    assert one[:2] == other[:2]
+    np.testing.assert_allclose(one[2], other[2], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("first_layer", [0, 1, 2])
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_sharing_changes_the_work_only(groups, scope, first_layer):
+    options = {"scope": scope, "first_layer": first_layer}
+    shared, naive = MegatronHarness(groups, **options).engine(), MegatronHarness(groups, sharing=False, **options).engine()
+    _same(_outcome(shared.generate(_requests(), features)), _outcome(naive.generate(_requests(), features)))
+    assert naive.counters.prompt_tokens_computed == naive.counters.prompt_tokens_asked
+    forced = 1 if scope == "sequence" else 3
+    upper = sum(n - forced for n in (9, 6, 30, 3)) * (3 if scope == "sequence" else 1)
+    lower = sum(n - forced for n in (9, 6, 30, 3))
+    leaves = forced * (4 * 3 * 4 + 2)
+    layers = SPEC.num_layers
+    assert shared.counters.prompt_tokens_computed == pytest.approx(
+        leaves + (lower * first_layer + upper * (layers - first_layer)) / layers)
+
+
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_plain_attention_gives_the_same(groups, scope):
+    fused, plain = (MegatronHarness(groups, scope=scope, attention=attention).engine().generate(_requests(), features)
+                    for attention in ("flash", "reference"))
+    _same(_outcome(fused), _outcome(plain))
+
+
+@pytest.mark.parametrize("compact_at", [0.0, 1.0])
+def test_dropping_ended_lanes_changes_nothing(harness, monkeypatch, compact_at):
+    usual = _outcome(harness.engine().generate(_requests(), features))
+    monkeypatch.setattr(megatron_engine, "COMPACT_AT", compact_at)
+    _same(_outcome(harness.engine().generate(_requests(), features)), usual)
+
+
+def test_many_steps(harness):
+    """Caches grow and noise is drawn in blocks: long answers are still the trainer's."""
+    request = Request(make_prompt(1, 9), "a", 3, SamplingParams(max_tokens=70, stop_token_ids=()), (2,))
+    for completion in harness.engine().generate([request])[0]:
+        truth = harness.logprobs(request.prompt, "a", completion.token_ids, 1.0)
+        np.testing.assert_allclose(completion.logprobs, truth[np.arange(len(truth)), completion.token_ids],
+                                   rtol=0, atol=1e-11)
+        assert len(set(completion.token_ids)) > 15, "the noise repeats"
+
+
+def test_a_completion_cut_in_two_is_the_same(harness):
+    """Noise is keyed by the position in the completion, so going on equals never having stopped."""
+    whole = Request(make_prompt(1, 9), "a", 1, SamplingParams(max_tokens=8, stop_token_ids=()), (2,))
+    (want,), = harness.engine().generate([whole])
+    (half,), = harness.engine().generate([replace(whole, params=replace(whole.params, max_tokens=5))])
+    rest = replace(whole, params=replace(whole.params, max_tokens=3), prior=tuple(half.segments))
+    (got,), = harness.engine().generate([rest])
+    assert got.token_ids == want.token_ids
+    np.testing.assert_allclose(got.logprobs, want.logprobs, rtol=0, atol=1e-12)
+
+
+def test_a_group_larger_than_a_wave_is_prefilled_once(groups):
+    harness = MegatronHarness(groups)
+    request = Request(make_prompt(3, 30), "a", 10, PARAMS, (2,))
+    whole, cut = harness.engine(), harness.engine(decode_lanes=3)
+    _same(_outcome(whole.generate([request])), _outcome(cut.generate([request])))
+    assert whole.counters == cut.counters
+    assert cut.counters.prompt_tokens_computed == 29 + 10
+
+
+def test_one_prompt_asked_for_twice_is_prefilled_once(groups):
+    engine = MegatronHarness(groups).engine()
+    prompt = make_prompt(3, 30)
+    engine.generate([Request(prompt, "a", 2, PARAMS, (2,)), Request(make_prompt(3, 30), "a", 3, PARAMS, (5,))])
+    assert engine.counters.prompt_tokens_computed == 29 + 5
+
+
+def test_prefill_is_cut_into_packs(harness, monkeypatch):
+    """No pack holds more tokens than the longest allowed prompt, unless it is one prompt."""
+    seen = []
+    build = megatron_engine.build_pack
+    monkeypatch.setattr(megatron_engine, "build_pack", lambda *a, **k: seen.append(build(*a, **k)) or seen[-1])
+    cut = _outcome(harness.engine(max_prompt_tokens=30).generate(_requests(), features))
+    assert len(seen) > 1
+    assert all(pack.upper.tokens <= 30 or len(pack.prompts) == 1 for pack in seen)
+    _same(cut, _outcome(harness.engine(max_prompt_tokens=10 ** 4).generate(_requests(), features)))
+
+
+@pytest.mark.parametrize("scope,length", [("sequence", 1), ("completion", 3)])
+def test_prompt_without_a_prefix(groups, scope, length):
+    """All of the prompt is forced; there is no trunk."""
+    harness = MegatronHarness(groups, scope=scope)
+    requests = [Request(make_prompt(8, length, header=length), "a", 3, PARAMS, (2,)),
+                Request(make_prompt(9, 11), "a", 3, PARAMS, (2,))]
+    together = harness.engine().generate(requests)
+    assert tokens(together)[:1] == tokens(harness.engine().generate(requests[:1]))
+    for request, group in zip(requests, together):
+        for completion in group:
+            truth = harness.logprobs(request.prompt, "a", completion.token_ids, 1.0)
+            np.testing.assert_allclose(completion.logprobs, truth[np.arange(len(truth)), completion.token_ids],
+                                       rtol=0, atol=1e-11)
+
+
+def test_headers_of_different_length(groups):
+    """Lanes whose forced rows differ in number are fed them while others answer already."""
+    harness = MegatronHarness(groups, scope="completion")
+    requests = [Request(make_prompt(s, 9, header=h), "a", 2, PARAMS, (2,)) for s, h in ((1, 2), (2, 5), (3, 3))]
+    together = harness.engine().generate(requests)
+    assert tokens(together) == [tokens(harness.engine().generate([r]))[0] for r in requests]
+    for request, group in zip(requests, together):
+        truth = harness.logprobs(request.prompt, "a", group[0].token_ids, 1.0)
+        np.testing.assert_allclose(group[0].logprobs, truth[np.arange(len(truth)), group[0].token_ids], rtol=0, atol=1e-11)
+
+
+def test_scope_completion_needs_a_header(groups):
+    request = Request(make_prompt(1, 9, header=0), "a", 1, PARAMS, (2,))
+    with pytest.raises(Exception, match="generation header"):
+        MegatronHarness(groups, scope="completion").engine().generate([request])
+    assert MegatronHarness(groups, scope="sequence").engine().generate([request])
+
+
+def test_hidden_states_that_overflow_are_an_error(groups):
+    harness = MegatronHarness(groups)
+    harness.backbone.final_norm.weight.data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        harness.engine().generate(_requests(), features)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 2e-5), ("bfloat16", 0.15)])
+def test_other_dtypes(groups, dtype, tolerance):
+    """The engine's log-probs stay near the trainer's of the same dtype."""
+    harness = MegatronHarness(groups, dtype=dtype)
+    requests = [r for r in _requests() if not len(r.prompt.visual_index)]
+    for request, group in zip(requests, harness.engine().generate(requests)):
+        for completion in group:
+            truth = harness.logprobs(request.prompt, request.expert, completion.token_ids, 1.0)
+            np.testing.assert_allclose(completion.logprobs, truth[np.arange(len(truth)), completion.token_ids],
+                                       rtol=0, atol=tolerance)
+
+
+CASES = [("sequence", 0, True, 1024), ("completion", 0, True, 5), ("sequence", 2, True, 1024),
+         ("completion", 3, True, 1024), ("sequence", 1, False, 9)]
+"""(scope, first layer, sharing, decode lanes); the tiny backbone has four layers."""
+
+
+@pytest.fixture(scope="module")
+def path():
+    """A tiny checkpoint with an odd vocabulary, so that tensor parallelism pads it."""
+    return tiny_model("qwen3_vl", vocab_size=267)
+
+
+def _loaded_engine(path, groups, scope, first_layer, sharing, decode_lanes):
+    """An engine whose weights, adapters included, do not depend on the layout."""
+    backbone = Backbone(read_spec(path), groups,
+                        ModelConfig(path=str(path), dtype="float64", prefix_sharing=sharing),
+                        AdapterConfig(rank=3, alpha=6.0, scope=scope, first_layer=first_layer))
+    load_backbone_weights(backbone, path)
+    bank = backbone.bank
+    for expert in ("a", "b"):
+        full = {f"{name}.{factor}": torch.randn(bank.full_shape(f"{name}.{factor}", 3), dtype=torch.float64,
+                                                generator=generator_for(1, expert, name, factor)) * 0.2
+                for name in bank.names() for factor in ("lora_A", "lora_B")}
+        bank.put(expert, {name: bank.shard(name, value) for name, value in full.items()}, 2.0)
+    return MegatronEngine(backbone, groups, RolloutConfig(decode_lanes=decode_lanes), seed=5)
+
+
+def _layout_outcomes(path, tp, pp, cases=CASES):
+    """What this rank's engine answers in each case, and its counters."""
+    groups = Groups.create(Layout(tp=tp, pp=pp, replicas=1), Placement.build(("a", "b"), 1))
+    spec = read_spec(path)
+    outcomes = []
+    for case in cases:
+        engine = _loaded_engine(path, groups, *case)
+        completions = engine.generate(_layout_requests(spec), partial(features, spec=spec))
+        outcomes.append((*_outcome(completions), engine.counters))
+    groups.destroy()
+    return outcomes
+
+
+def _layout_requests(spec):
+    image = make_prompt(1, 9, visual_tokens=4)
+    image.token_ids[image.visual_index] = spec.image_token_id
+    plain = replace(PARAMS, max_tokens=4)
+    greedy = replace(plain, greedy=True)
+    nucleus = replace(PARAMS, top_p=0.7, temperature=1.4, max_tokens=2)
+    prior = (Segment([11, 12], "policy", [-1.0, -1.0], [-1.0, -1.0]), Segment([200, 255, 266], "environment"))
+    return [Request(image, "a", 3, plain, (2,)), Request(make_prompt(2, 6), None, 3, nucleus, (2,)),
+            Request(make_prompt(3, 17), "b", 3, plain, (2,)), Request(image, "b", 1, greedy, (2,)),
+            Request(image, "a", 2, plain, (3,), prior=prior)]
+
+
+@pytest.fixture(scope="module")
+def one_rank_outcomes(path):
+    outcomes, = run_ranks(1, _layout_outcomes, path, 1, 1)
+    return outcomes
+
+
+@pytest.mark.parametrize("tp,pp,cases", [(2, 1, 5), (1, 2, 5), (2, 2, 2)])
+def test_layout_changes_nothing(path, one_rank_outcomes, tp, pp, cases):
+    """Identical tokens on every rank of every layout, and equal log-probs."""
+    for outcomes in run_ranks(tp * pp, _layout_outcomes, path, tp, pp, CASES[:cases]):
+        assert len(outcomes) == cases
+        for want, got in zip(one_rank_outcomes, outcomes):
+            _same(want[:3], got[:3])
+            assert want[3] == got[3]
+    assert len({str(outcome[0]) for outcome in one_rank_outcomes}) == len(CASES), "adapters change nothing"
