@@ -38,26 +38,26 @@ class _Adapted:
 
     def add_adapters(self, x: Tensor, y: Tensor) -> Tensor:
         """y [T, 1, out] plus each routed expert's delta on its rows of x [T, 1, in]."""
+        slices = []
         for expert, rows in self.routing.current:
             factors = self.lora.get(expert)
-            if not factors:
-                continue
-            if isinstance(rows, slice):
-                if rows == slice(0, x.shape[0]):
-                    y = y + self.delta(x, factors)
-                else:
-                    y = _add_slice(y, rows, self.delta(x[rows], factors))
-            else:
+            if factors and isinstance(rows, slice):
+                slices.append((rows.start, rows, factors))
+            elif factors:
                 y = y.index_add(0, rows, self.delta(x.index_select(0, rows), factors))
-        return y
+        pieces, done = [], 0
+        for start, rows, factors in sorted(slices, key=lambda entry: entry[0]):
+            # One concatenation at the end instead of a copy of y per expert.
+            pieces += [y[done:start], y[rows] + self.delta(x[rows], factors)]
+            done = rows.stop
+        if not pieces:
+            return y
+        pieces = [p for p in [*pieces, y[done:]] if len(p)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def delta(self, x: Tensor, factors: Mapping[str, LoraFactors]) -> Tensor:
         """The adapter's output for rows x, in the layout of the base's output."""
         raise NotImplementedError
-
-
-def _add_slice(y: Tensor, rows: slice, delta: Tensor) -> Tensor:
-    return torch.cat([y[:rows.start], y[rows] + delta, y[rows.stop:]])
 
 
 class AdapterColumnLinear(_Adapted, ColumnParallelLinear):

@@ -3,7 +3,8 @@
 A *pack* holds groups; a group is a prompt and its lanes, each lane one completion evaluated by one
 expert. Its tokens become trunks (the prompt) and leaves (the completions). A leaf starts with forced
 prompt tokens, the last one (scope ``sequence``) or the whole generation header (scope
-``completion``), so that its hidden states predict all its completion tokens.
+``completion``), so that its hidden states predict all its completion tokens. Equal completions of one
+expert are one leaf.
 
 Which trunks and leaves are distinct depends on the layer (DESIGN: a state is expert-free iff no
 adapter acted before it): below ``first_layer`` one trunk per prompt and one leaf per distinct
@@ -141,11 +142,12 @@ def pack_tokens(groups: Sequence[LeafGroup], rules: PackRules) -> int:
         lanes = {leaf.lane for leaf in group.leaves}
         forced = rules.forced(group.prompt)
         prefix = len(group.prompt.token_ids) - forced
-        leaves = sum(forced + len(leaf.token_ids) - 1 for leaf in group.leaves)
         if not rules.sharing:
-            copies = len(group.leaves)
+            copies, distinct = len(group.leaves), [leaf.token_ids for leaf in group.leaves]
         else:
             copies = len(lanes) if rules.scope == "sequence" else 1
+            distinct = [ids for _, ids in {(leaf.lane, tuple(leaf.token_ids)) for leaf in group.leaves}]
+        leaves = sum(forced + max(0, len(ids) - 1) for ids in distinct)
         total += copies * prefix + leaves
     return total
 
@@ -182,6 +184,20 @@ def _tensor(parts: Sequence[np.ndarray], device: torch.device, axis: int = 0) ->
     return torch.from_numpy(np.ascontiguousarray(joined)).to(device)
 
 
+_NOTHING = np.zeros(0, np.int64)
+
+
+def _continued(prompt: Prompt, start: int, content: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and positions [3, n] of the prompt from ``start`` on and the completion without its last token."""
+    inputs = np.array(content[:-1], np.int64)
+    tokens = np.concatenate([prompt.token_ids[start:], inputs])
+    positions = np.empty((3, len(tokens)), np.int64)
+    seen = len(prompt.token_ids) - start
+    positions[:, :seen] = prompt.position_ids[:, start:]
+    positions[:, seen:] = np.arange(prompt.next_position, prompt.next_position + len(inputs))
+    return tokens, positions
+
+
 class _Streams:
     """The distinct spans of both levels, keyed so that equal keys are equal states."""
 
@@ -200,33 +216,29 @@ class _Streams:
     def _add(self, index: int, prompt: Prompt, number: int, leaf: Leaf) -> None:
         rules, content = self.rules, tuple(leaf.token_ids)
         forced = rules.forced(prompt)
-        inputs = content[:-1]
         prefix = len(prompt.token_ids) - forced
-        new = np.arange(prompt.next_position, prompt.next_position + len(inputs))
-        positions = np.concatenate([prompt.position_ids, np.broadcast_to(new, (3, len(inputs)))], 1)
-        tokens = np.concatenate([prompt.token_ids, np.asarray(inputs, np.int64)])
-        none = np.zeros(0, np.int64)
         everything = rules.scope == "sequence"
         if not rules.sharing:
             key = ("whole", index, number)
-            self.upper[key] = Span(leaf.lane, tokens, positions, index, None, 0 if everything else prefix,
-                                   prompt.visual_index)
+            self.upper[key] = Span(leaf.lane, *_continued(prompt, 0, content), index, None,
+                                   0 if everything else prefix, prompt.visual_index)
             self._below(key, key)
             self.leaves.append((key, len(prompt.token_ids) - 1, content))
             return
         owner = leaf.lane if everything else None
-        trunk, lane = ("trunk", index, owner), ("leaf", index, number)
-        if prefix and trunk not in self.upper:
-            self.upper[trunk] = Span(owner, tokens[:prefix], positions[:, :prefix], index, None,
-                                     0, prompt.visual_index)
-            self._below(trunk, ("trunk", index))
+        trunk, lane = ("trunk", index, owner), ("leaf", index, leaf.lane, content)
         if prefix:
             self.trunks[index, leaf.lane] = trunk
+            if trunk not in self.upper:
+                self.upper[trunk] = Span(owner, prompt.token_ids[:prefix], prompt.position_ids[:, :prefix], index,
+                                         None, 0, prompt.visual_index)
+                self._below(trunk, ("trunk", index))
         if self.trunks_only:
             return
-        self.upper[lane] = Span(leaf.lane, tokens[prefix:], positions[:, prefix:], index,
-                                trunk if prefix else None, 0, none)
-        self._below(lane, ("leaf", index, content))
+        if lane not in self.upper:
+            self.upper[lane] = Span(leaf.lane, *_continued(prompt, prefix, content), index,
+                                    trunk if prefix else None, 0, _NOTHING)
+            self._below(lane, ("leaf", index, content))
         self.leaves.append((lane, forced - 1, content))
 
     def _below(self, key: tuple, shared: tuple) -> None:
