@@ -62,10 +62,11 @@ def _header(run: RunData, state: State) -> str:
              "resumed at": ", ".join(f"step {s['step']}" for s in starts[1:]) or None}
     line = " · ".join(f"{k} {text(v)}" for k, v in facts.items() if v not in (None, ""))
     versions = " · ".join(f"{text(k)} {text(v)}" for k, v in run.info.get("versions", {}).items())
+    lines = "<br>".join(part for part in (line, versions) if part)
+    progress = f"step {run.step}" + (f" of {total}" if total else "")
     written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     return (f"<h1>{text(_name(run))} <span class='state {state}'>{state}</span></h1>"
-            f"<p class='quiet'>{line}<br>{versions}<br>step {run.step}{f' of {total}' if total else ''}"
-            f" · page written {written}</p>{tiles(_key_numbers(run))}")
+            f"<p class='quiet'>{lines}<br>{progress} · page written {written}</p>{tiles(_key_numbers(run))}")
 
 
 def _key_numbers(run: RunData) -> list[tuple[str, str]]:

@@ -169,6 +169,8 @@ def _draw_line(axes: Axes, line: Line, marked: bool) -> None:
     if line.low is not None and line.high is not None:
         axes.fill_between(x, bucket(line.x, line.low, _POINTS)[1], bucket(line.x, line.high, _POINTS)[1],
                           color=colour, alpha=0.18, linewidth=0)
+    if len(x) == 1 and line.low is not None and line.high is not None:
+        axes.vlines(x, line.low, line.high, color=colour, linewidth=4, alpha=0.25)
     smoothed = smooth(y)
     if smoothed is not y:
         axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.28)

@@ -129,9 +129,11 @@ def _card(group: SampleGroup) -> str:
 
 def _completion(row: dict[str, Any]) -> str:
     parts = " · ".join(f"{_text(name)} {value:.2g}" for name, value in row["reward_parts"] or ())
-    facts = [f"reward {row['reward']:.2f}" + (f" ({parts})" if parts else "")]
-    if row["extracted"] is not None or row["answer"] is not None:
-        facts.append(f"read “{_short(row['extracted'])}”, truth “{_short(row['answer'])}”")
+    if parts:
+        facts = [f"reward {row['reward']:.2f} ({parts})",
+                 f"read “{_short(row['extracted'])}”, truth “{_short(row['answer'])}”"]
+    else:
+        facts = ["no reward", f"truth “{_short(row['answer'])}”"]
     if row["advantage"] is not None:
         facts.append(f"A {row['advantage']:+.2f}")
     if row["finish"] == "length":
@@ -168,5 +170,9 @@ def _short(text: str | None) -> str:
     return _text(text if len(text) <= 60 else text[:60] + "…")
 
 
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+"""Control characters, which HTML forbids, as their Unicode pictures."""
+
+
 def _text(text: str) -> str:
-    return html.escape(str(text), quote=True)
+    return html.escape(str(text).translate(_VISIBLE), quote=True)

@@ -56,5 +56,14 @@ def test_environment_tokens_are_marked_and_cuts_are_said(tmp_path):
     assert "cut at the limit" in page and "read “nothing”" in page and "&lt;x&gt; 1" in page
 
 
+def test_ungraded_completions_and_control_characters(tmp_path):
+    page = write_one(tmp_path, [Segment([18], "policy", [-1.0])], {"text": [0.0]}, text="")
+    assert "no reward" in page and "reward 0.00" not in page
+    assert samples_html(()) == ""
+    page = write_one(tmp_path, [Segment([18], "policy", [-1.0])], {}, extracted="a\x00\x1bb",
+                     reward_parts={"x": 1.0})
+    assert "a␀␛b" in page and "\x00" not in page
+
+
 def test_no_rollouts_no_samples(tmp_path):
     assert samples_html(pick_samples(RunData(tmp_path))) == ""
