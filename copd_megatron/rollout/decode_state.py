@@ -1,7 +1,7 @@
 """The lanes of a wave while they decode: what each is fed next, and what each has answered so far.
 
-All lanes advance in lockstep: after n own rows, lane i has answered n - forced_i + 1 tokens. Per-lane facts are
-tensors; the host learns one number per step, how many lanes still run.
+All lanes advance in lockstep: after n own rows, lane i has answered n - forced_i + 1 tokens. Per-lane facts
+are tensors; the host learns one number per step, how many lanes still run.
 """
 from __future__ import annotations
 
@@ -47,14 +47,15 @@ class DecodeState:
     ``how`` and ``uniforms`` -> ``record``.
     """
 
-    def __init__(self, wave: Wave, requests: Sequence[Request], rules: PackRules, seed: int, device: torch.device):
+    def __init__(self, wave: Wave, requests: Sequence[Request], rules: PackRules, seed: int,
+                 device: torch.device):
         self.device, self.wave = device, wave
         self.forced = ForcedRows.build(wave, requests, rules)
         self.lanes = np.arange(len(wave))
         """Lanes of the wave that are still in the batch."""
         params = [requests[index].params for index in wave.request.tolist()]
-        self.how = LaneSampling(np.array([p.temperature for p in params]), np.array([p.top_p for p in params]),
-                                np.array([p.greedy for p in params]))
+        self.how = LaneSampling(*(np.array([getattr(p, name) for p in params])
+                                  for name in ("temperature", "top_p", "greedy")))
         most_stops = max(len(p.stop_token_ids) for p in params)
         self._stops = self._put([[*p.stop_token_ids] + [NO_TOKEN] * (most_stops - len(p.stop_token_ids))
                                  for p in params])
@@ -72,8 +73,9 @@ class DecodeState:
         return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
 
     def _place_forced(self) -> None:
-        self._forced_ids, self._forced_positions, self._forced_lengths, self._offsets = map(
-            self._put, (self.forced.token_ids, self.forced.positions, self.forced.lengths, self.forced.offsets))
+        forced = self.forced
+        self._forced_ids, self._forced_positions = self._put(forced.token_ids), self._put(forced.positions)
+        self._forced_lengths, self._offsets = self._put(forced.lengths), self._put(forced.offsets)
 
     @property
     def first_rows(self) -> int:
@@ -81,8 +83,10 @@ class DecodeState:
         return int(self.forced.lengths.min())
 
     def inputs(self, fed: int) -> tuple[Tensor, Tensor]:
-        """Token ids [L c] and position ids [3, L c] of the next step after ``fed`` own rows; c is 1 but in the
-        first step, where it is ``first_rows``."""
+        """Token ids [L c] and position ids [3, L c] of the next step after ``fed`` own rows.
+
+        c is ``first_rows`` in the first step, then 1.
+        """
         if fed == 0:
             rows = self.first_rows
             return self._forced_ids[:, :rows].reshape(-1), self._forced_positions[:, :, :rows].reshape(3, -1)
@@ -139,7 +143,7 @@ class DecodeState:
         return kept
 
     def _flush(self) -> np.ndarray:
-        """Bring the steps of the present batch to the host; returns the positions of the lanes that still run."""
+        """Bring the present batch's steps to the host; returns the positions of the lanes that still run."""
         lengths, stopped = self._lengths.cpu().numpy(), self._stopped.cpu().numpy()
         self._answers[0][self.lanes], self._answers[1][self.lanes] = lengths, stopped
         first = self._first_step - self.forced.lengths

@@ -1,7 +1,7 @@
 """What every rollout engine takes and gives; ``tests/rollout/engine_contract.py`` states what it must do.
 
-A request asks for the completions of one prompt by one policy. An engine answers many requests at once and may
-batch them as it likes: what comes back depends on the request, the weights and the seed alone.
+A request asks for the completions of one prompt by one policy. An engine answers many requests at once and
+may batch them as it likes: what comes back depends on the request, the weights and the seed alone.
 """
 from __future__ import annotations
 
@@ -41,14 +41,17 @@ class SamplingParams:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens: {self.max_tokens}; at least 1")
         if not self.temperature > 0:
-            raise ValueError(f"temperature: {self.temperature}; above 0 (set greedy for the most likely token)")
+            raise ValueError(f"temperature: {self.temperature}; above 0 (greedy takes the most likely token)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p}; above 0, at most 1")
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Completions wanted of one prompt. Example: ``Request(prompt, "text", 8, params, noise_key=(step,))``."""
+    """Completions wanted of one prompt.
+
+    Example: ``Request(prompt, "text", samples=8, params=params, noise_key=(step,))``.
+    """
 
     prompt: Prompt
     expert: str | None
@@ -57,7 +60,7 @@ class Request:
     """Completions of this request."""
     params: SamplingParams
     noise_key: tuple[int, ...]
-    """What the noise is for, e.g. (step,): equal keys give equal completions, different keys independent ones."""
+    """What the noise is for, e.g. (step,): equal keys give equal completions, others independent ones."""
     sample_offset: int = 0
     """Number of the first completion within its group; sets ``Completion.sample`` and the noise."""
     prior: tuple[Segment, ...] = ()
@@ -75,7 +78,7 @@ class Request:
 
 @dataclass
 class EngineCounters:
-    """Work done since the engine was made, for the share of tokens saved; the same on all ranks of a replica."""
+    """Work done since the engine was made, for the share of tokens saved; equal on all ranks of a replica."""
 
     prompt_tokens_asked: int = 0
     """Prompt tokens of every completion, as if each had its own copy."""
@@ -90,12 +93,13 @@ class RolloutEngine(Protocol):
 
     counters: EngineCounters
 
-    def generate(self, requests: Sequence[Request], visual: VisualSource | None = None) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request],
+                 visual: VisualSource | None = None) -> list[list[Completion]]:
         """The completions of each request, in order: sample ``sample_offset`` first.
 
-        A completion's segments are the request's ``prior`` and one new "policy" segment, whose ``logprobs`` are
-        at the training temperature and untruncated, and whose ``sampled_logprobs`` belong to the distribution
-        that was sampled from (0 when greedy). ``text`` and rewards are left to the caller.
+        A completion's segments are the request's ``prior`` and one new "policy" segment, whose ``logprobs``
+        are at the training temperature and untruncated, and whose ``sampled_logprobs`` belong to the
+        distribution that was sampled from (0 when greedy). ``text`` and rewards are left to the caller.
 
         Args:
             visual: features of prompts with media; needed when a prompt has any.

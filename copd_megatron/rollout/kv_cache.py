@@ -1,11 +1,12 @@
 """Attention of decode steps: the prompts' KV, one copy for all lanes that share it, and each lane's own.
 
-A lane attends to its trunk (the prefix of its prompt, evaluated once) and to its own rows so far. The two softmaxes
-are merged exactly by log-sum-exp, as in ``copd_kernels.prefix_attention``; the lanes of a trunk meet its keys in one
-dense product (Juravsky et al. 2024, arXiv:2402.05099). All lanes advance in lockstep, so their own rows fill one
-rectangle without padding.
+A lane attends to its trunk (the prefix of its prompt, evaluated once) and to its own rows so far. The two
+softmaxes are merged exactly by log-sum-exp, as in ``copd_kernels.prefix_attention``; the lanes of a trunk
+meet its keys in one dense product (Juravsky et al. 2024, arXiv:2402.05099). All lanes advance in lockstep, so
+their own rows fill one rectangle without padding.
 
-Shapes: L lanes, c rows per lane in a step, t own rows so far, B trunks of a block, Q lanes per trunk, P trunk tokens.
+Shapes: L lanes, c rows per lane in a step, t own rows so far; B trunks of a block, Q lanes per trunk, P
+tokens of a trunk.
 """
 from __future__ import annotations
 
@@ -48,18 +49,19 @@ class PrefixBlock:
     def select(self, index: np.ndarray) -> PrefixBlock:
         """Some of the trunks."""
         where = torch.from_numpy(index).to(next(iter(self.kv.values()))[0].device)
-        kv = {layer: (k.index_select(0, where), v.index_select(0, where)) for layer, (k, v) in self.kv.items()}
+        kv = _select(self.kv, where)
         bias = None if self.bias is None else self.bias.index_select(0, where)
         return PrefixBlock(self.trunks[index], self.lengths[index], kv, bias)
 
 
 def prefix_blocks(pack: Pack, capture: dict[int, KV], numbers: Mapping[tuple[int, str | None], int]
                   ) -> list[PrefixBlock]:
-    """The trunks of an evaluated pack as blocks; empties ``capture`` layer by layer, so that memory does not double.
+    """The trunks of an evaluated pack as blocks.
 
     Args:
         pack: built with ``trunks_only``.
-        capture: what ``Backbone.forward`` captured: 1-based layer -> K, V of the whole stream, [T, kv_heads, d].
+        capture: what ``Backbone.forward`` captured: 1-based layer -> K, V of the whole stream, each
+            [T, kv_heads, d]. Emptied on the way, so that memory does not double.
         numbers: (group of the pack, lane) as in ``Pack.trunk_rows`` -> number of the trunk in the wave.
     """
     blocks, gathers = [], []
@@ -75,8 +77,8 @@ def prefix_blocks(pack: Pack, capture: dict[int, KV], numbers: Mapping[tuple[int
         bias = torch.zeros(padding.shape, dtype=sample.dtype, device=sample.device)
         blocks.append(PrefixBlock(np.array([numbers[key] for key in keys]), lengths, {},
                                   bias.masked_fill_(padding, float("-inf")) if ragged else None))
-        starts = np.array([[rows.start for rows in pack.trunk_rows[key]] for key in keys])
-        gathers.append([torch.from_numpy(starts[:, level, None] + columns).to(sample.device) for level in (0, 1)])
+        starts = np.array([[rows.start for rows in pack.trunk_rows[key]] for key in keys]).T
+        gathers.append([torch.from_numpy(first[:, None] + columns).to(sample.device) for first in starts])
     for layer in sorted(capture):
         level = 0 if pack.level(layer - 1) is pack.lower else 1
         kv = capture.pop(layer)
@@ -98,8 +100,13 @@ def _similar(keys: Iterable[tuple], pack: Pack) -> list[list[tuple]]:
     return runs
 
 
+def _select(kv: Mapping[int, KV], where: Tensor) -> dict[int, KV]:
+    """Rows ``where`` of the first dim of every layer's K and V."""
+    return {layer: (k.index_select(0, where), v.index_select(0, where)) for layer, (k, v) in kv.items()}
+
+
 class OwnCache:
-    """K and V of the rows that the lanes themselves fed, per layer [L, kv_heads, capacity, d], grown in place."""
+    """K and V of the rows that the lanes fed themselves; per layer [L, kv_heads, capacity, d], growing."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -115,14 +122,15 @@ class OwnCache:
         """Add this step's k, v [L, kv_heads, c, d]; returns all of the layer's, views [L, kv_heads, t, d]."""
         have = self._kv.get(layer)
         if have is None or have[0].shape[2] < self.length:
-            have = self._kv[layer] = tuple(self._grown(new, old) for new, old in zip((k, v), have or (None, None)))
+            pairs = zip((k, v), have or (None, None))
+            have = self._kv[layer] = tuple(self._grown(new, old) for new, old in pairs)
         for new, cache in zip((k, v), have):
             cache[:, :, self._start:self.length] = new
         return have[0][:, :, :self.length], have[1][:, :, :self.length]
 
     def select(self, lanes: Tensor) -> None:
         """Keep some lanes."""
-        self._kv = {layer: (k.index_select(0, lanes), v.index_select(0, lanes)) for layer, (k, v) in self._kv.items()}
+        self._kv = _select(self._kv, lanes)
 
     def _grown(self, like: Tensor, old: Tensor | None) -> Tensor:
         capacity = max(FIRST_CAPACITY, self.length, 0 if old is None else 2 * old.shape[2])
@@ -146,8 +154,8 @@ class _Meeting:
 class DecodeAttention(PackedSeqParams):
     """Attention of one decode step of L lanes; rows are lane-major, c rows per lane.
 
-    Sits where Megatron passes ``packed_seq_params``; see ``copd_megatron.model.attention``. The first step may feed
-    several rows per lane, later ones feed one.
+    Sits where Megatron passes ``packed_seq_params``; see ``copd_megatron.model.attention``. The first step
+    may feed several rows per lane, later ones feed one.
     """
 
     def __init__(self, blocks: Sequence[PrefixBlock], trunk_of_lane: np.ndarray, device: torch.device,
@@ -212,7 +220,8 @@ class DecodeAttention(PackedSeqParams):
             repeat = heads // kv_heads
             out, lse = attend(q, keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1), True)
         else:
-            raise ValueError(f"{rows} rows per lane after {keys.shape[2] - rows}; only the first step may feed several")
+            raise ValueError(f"{rows} rows per lane after {keys.shape[2] - rows}; only the first step may "
+                             "feed several")
         for meeting in self._meetings:
             part, part_lse = self._with_trunk(layer, q, meeting)
             if meeting.everybody:
@@ -242,15 +251,16 @@ class DecodeAttention(PackedSeqParams):
         """As ``_merged``: one dense softmax per lane over its trunk and its own rows."""
         place = {int(trunk): (meeting.block, i) for meeting in self._meetings
                  for i, trunk in enumerate(meeting.block.trunks)}
-        repeat, rows, length = q.shape[1] // keys.shape[1], q.shape[2], keys.shape[2]
+        repeat, rows = q.shape[1] // keys.shape[1], q.shape[2]
         out = torch.empty_like(q)
         for lane, trunk in enumerate(self.trunk_of_lane.tolist()):
             k, v = keys[lane], values[lane]
             if trunk >= 0:
                 block, i = place[trunk]
-                k, v = (torch.cat([x[i, :, :block.lengths[i]], own], 1) for x, own in zip(block.kv[layer], (k, v)))
+                k, v = (torch.cat([trunk_x[i, :, :block.lengths[i]], own], 1)
+                        for trunk_x, own in zip(block.kv[layer], (k, v)))
             scores = q[lane] @ k.repeat_interleave(repeat, 0).transpose(1, 2) * q.shape[-1] ** -0.5
-            future = torch.ones(rows, k.shape[1], dtype=torch.bool, device=q.device).triu(k.shape[1] - rows + 1)
+            future = torch.ones_like(scores[0], dtype=torch.bool).triu(k.shape[1] - rows + 1)
             out[lane] = scores.masked_fill(future, float("-inf")).softmax(-1) @ v.repeat_interleave(repeat, 0)
         return out
 

@@ -1,9 +1,10 @@
-"""Requests as lanes: which completions decode together, which trunks they need, what is forced, what noise they get.
+"""Requests as lanes: which completions decode together, on which trunks, what is forced, and their noise.
 
-Host side, NumPy only. Lanes of one prompt stay in one wave where they fit, so that its prefix is evaluated once;
-within a wave lanes of one expert are neighbours, so that its adapters act on a slice.
+Host side, NumPy only. Lanes of one prompt stay in one wave where they fit, so that its prefix is evaluated
+once; within a wave lanes of one expert are neighbours, so that its adapters act on a slice.
 
-Sampling noise is keyed by (seed, expert, noise key, prompt, sample, position): never by rank, wave or neighbours.
+Sampling noise is keyed by (seed, expert, noise key, prompt, sample, position), never by rank, wave or
+neighbours.
 """
 from __future__ import annotations
 
@@ -81,8 +82,8 @@ def _waves(batch: list[list[tuple[int, int]]], requests: Sequence[Request], rule
     """The lanes of some prompts as one wave, or as several with the same prefixes if they are too many."""
     prefixes = _prefixes(batch, requests, rules)
     lanes = [(index, sample, slot) for slot, group in enumerate(batch) for index, sample in group]
-    order = {expert: i for i, expert in enumerate(dict.fromkeys(requests[index].expert for index, _, _ in lanes))}
-    lanes.sort(key=lambda lane: order[requests[lane[0]].expert])
+    policies = list(dict.fromkeys(requests[index].expert for index, _, _ in lanes))
+    lanes.sort(key=lambda lane: policies.index(requests[lane[0]].expert))
     for start in range(0, len(lanes), max_lanes):
         part = lanes[start:start + max_lanes]
         experts = [requests[index].expert for index, _, _ in part]
@@ -111,7 +112,10 @@ def trunk_owner(expert: str | None, rules: PackRules) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class ForcedRows:
-    """What every lane is fed before its own samples: the prompt's last tokens, then earlier segments. F: the longest."""
+    """What every lane is fed before its own samples: the prompt's last tokens, then earlier segments.
+
+    F: forced rows of the lane with most.
+    """
 
     token_ids: np.ndarray
     """[L, F], 0 beyond the lane's own."""
@@ -137,16 +141,16 @@ class ForcedRows:
         for line, (ids, known, _) in enumerate(rows):
             token_ids[line, :len(ids)] = ids
             positions[:, line, :known.shape[1]] = known
-        return cls(token_ids[of_lane], positions[:, of_lane], lengths[of_lane], offsets[of_lane], prompt_rows[of_lane])
+        return cls(token_ids, positions, lengths, offsets, prompt_rows).select(of_lane)
 
     def select(self, lanes: np.ndarray) -> ForcedRows:
         """The rows of some lanes."""
-        return ForcedRows(self.token_ids[lanes], self.positions[:, lanes], self.lengths[lanes], self.offsets[lanes],
-                          self.prompt_rows[lanes])
+        return ForcedRows(self.token_ids[lanes], self.positions[:, lanes], self.lengths[lanes],
+                          self.offsets[lanes], self.prompt_rows[lanes])
 
 
 def _forced_of(request: Request, rules: PackRules) -> tuple[np.ndarray, np.ndarray, int]:
-    """Forced token ids, position ids [3, n] of those that are prompt tokens, and the offset of later positions."""
+    """Forced token ids, position ids [3, n] of the n that are prompt tokens, and the offset of later ones."""
     prompt, rows = request.prompt, rules.forced(request.prompt)
     prior = [token for segment in request.prior for token in segment.token_ids]
     ids = np.concatenate([prompt.token_ids[-rows:], np.asarray(prior, np.int64)])
@@ -157,7 +161,7 @@ class LaneNoise:
     """Uniform numbers of a wave's lanes, by position in the completion."""
 
     def __init__(self, seed: int, wave: Wave, requests: Sequence[Request]):
-        self.seed, self.lanes = seed, len(wave)
+        self.seed = seed
         experts = np.array([BACKBONE_KEY if r.expert is None else stable_hash(r.expert) for r in requests])
         prompts = np.array([stable_hash(r.prompt.key) for r in requests])
         by_key: dict[tuple[int, ...], list[int]] = {}
@@ -166,9 +170,8 @@ class LaneNoise:
         self._groups = []
         for key, lanes in by_key.items():
             rows = np.array(lanes)
-            index = wave.request[rows]
-            self._groups.append((rows, [column[:, None] if isinstance(column, np.ndarray) else column for column in
-                                        (experts[index], *key, prompts[index], wave.sample[rows])]))
+            index = wave.request[rows, None]
+            self._groups.append((rows, (experts[index], *key, prompts[index], wave.sample[rows, None])))
 
     def uniforms(self, positions: np.ndarray) -> np.ndarray:
         """[L, n] float64 in (0, 1) for every lane of the wave at completion positions [L, n]."""

@@ -1,16 +1,18 @@
-"""The embedded rollout engine: decodes on the training shards themselves, many experts and prompts in one batch.
+"""The embedded rollout engine: decodes on the training shards, many experts and prompts in one batch.
 
 A wave of at most ``rollout.decode_lanes`` lanes: its distinct prefixes are evaluated once (per expert above
-``adapter.first_layer`` in scope ``sequence``, else for all), then all its lanes step in lockstep. A lane starts with
-the forced tokens that training's packs start a leaf with, so log-probs are the trainer's up to rounding.
+``adapter.first_layer`` in scope ``sequence``, else for all), then all its lanes step in lockstep. A lane
+starts with the forced tokens that training's packs start a leaf with, so log-probs are the trainer's up to
+rounding.
 
-Pipeline stages relay hidden states; the last one samples and broadcasts, so every rank of the replica knows every
-token and takes the same turns.
+Pipeline stages relay hidden states; the last one samples and broadcasts, so every rank of the replica knows
+every token and takes the same turns.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,7 +28,7 @@ from copd_megatron.rollout.decode_state import Answers, DecodeState
 from copd_megatron.rollout.engine import EngineCounters, Request, VisualSource
 from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock, prefix_blocks
 from copd_megatron.rollout.lanes import Prefixes, Wave, plan_waves
-from copd_megatron.rollout.sampling import sample
+from copd_megatron.rollout.sampling import Sampled, sample
 from copd_megatron.types import Completion, Segment, UserError
 
 COMPACT_AT = 0.75
@@ -34,7 +36,7 @@ COMPACT_AT = 0.75
 
 
 class MegatronEngine:
-    """A ``RolloutEngine`` over a backbone and its adapter bank. Every rank of the replica makes the same calls."""
+    """A ``RolloutEngine`` over a backbone and its adapters; all ranks of the replica make the same calls."""
 
     def __init__(self, backbone: Backbone, groups: Groups, config: RolloutConfig, seed: int):
         self.backbone, self.groups, self.config, self.seed = backbone, groups, config, seed
@@ -46,7 +48,8 @@ class MegatronEngine:
         self._prefill_rules = PackRules(rules.scope, rules.first_layer, sharing=True)
 
     @torch.no_grad()
-    def generate(self, requests: Sequence[Request], visual: VisualSource | None = None) -> list[list[Completion]]:
+    def generate(self, requests: Sequence[Request],
+                 visual: VisualSource | None = None) -> list[list[Completion]]:
         """See ``RolloutEngine.generate``."""
         for request in requests:
             self._check(request, visual)
@@ -72,15 +75,15 @@ class MegatronEngine:
         policies = self.backbone.bank.slots
         if request.expert is not None and request.expert not in policies:
             raise UserError(f"rollout: the policy {request.expert!r} was asked for; this replica holds "
-                            f"{', '.join(map(repr, policies))} and the backbone (None); ask one that hosts it")
+                            f"{', '.join(map(repr, policies))} and the backbone; ask one that hosts it")
         length, limit = len(prompt.token_ids), self.config.max_prompt_tokens
         if length > limit:
-            raise UserError(f"rollout.max_prompt_tokens: prompt {prompt.key!r} has {length} tokens; allowed are "
-                            f"{limit}; raise the limit or leave the prompt out")
+            raise UserError(f"rollout.max_prompt_tokens: prompt {prompt.key!r} has {length} tokens; allowed "
+                            f"are {limit}; raise the limit or leave the prompt out")
         if not 1 <= self.rules.forced(prompt) <= length:
-            raise UserError(f"adapter.scope: prompt {prompt.key!r} of {length} tokens has a generation header of "
-                            f"{prompt.header_tokens}; scope completion adapts from a header of at least 1 token on; "
-                            "use a chat template with one, or scope sequence")
+            raise UserError(f"adapter.scope: completion, but prompt {prompt.key!r} of {length} tokens has a "
+                            f"generation header of {prompt.header_tokens}; at least 1, adapted from there "
+                            "on; use a chat template with a generation header, or adapter.scope=sequence")
         outside = [token for token in request.params.stop_token_ids if not 0 <= token < vocabulary]
         if outside:
             raise ValueError(f"stop_token_ids: {outside}; ids of this vocabulary are 0 to {vocabulary - 1}")
@@ -101,7 +104,7 @@ class MegatronEngine:
         return blocks
 
     def _pack_slots(self, prefixes: Prefixes) -> Iterator[list[int]]:
-        """Prompts that are evaluated together: as many as ``rollout.max_prompt_tokens`` holds, at least one."""
+        """Prompts to evaluate together: as many as ``rollout.max_prompt_tokens`` holds, at least one."""
         slots, total = [], 0
         for slot, owners in enumerate(prefixes.owners):
             if not owners:
@@ -118,7 +121,8 @@ class MegatronEngine:
     def _capture(self, pack: Pack, visual: VisualSource | None) -> dict[int, KV]:
         """Run a pack of trunks through this stage: 1-based layer -> K, V."""
         layers, capture, features = self.backbone.layer_range, {}, None
-        if stage_needs_features(self.backbone.spec, layers) and any(len(p.visual_index) for p in pack.prompts):
+        seen = any(len(prompt.visual_index) for prompt in pack.prompts)
+        if seen and stage_needs_features(self.backbone.spec, layers):
             features = visual(pack.prompts)
         entering = pack.level(max(layers.start - 1, 0)).tokens
         self._relay(entering, lambda: self.backbone(pack, features, capture))
@@ -149,10 +153,11 @@ class MegatronEngine:
                 experts = _kept_experts(wave.experts, state.lanes)
             rows = 1
 
-    def _forward(self, token_ids: Tensor, position_ids: Tensor, attention: DecodeAttention, routing) -> Tensor:
+    def _forward(self, token_ids: Tensor, position_ids: Tensor, attention: DecodeAttention,
+                 routing: Sequence[tuple[str, slice]]) -> Tensor:
         """[L c, 1, H] of this stage."""
-        return self._relay(len(token_ids), lambda: self.backbone.forward_step(token_ids, position_ids, attention,
-                                                                              routing))
+        return self._relay(len(token_ids), lambda: self.backbone.forward_step(
+            token_ids, position_ids, attention, routing))
 
     def _sample(self, hidden: Tensor, state: DecodeState, fed: int, rows: int) -> Tensor:
         """[3, L] float64 for ``DecodeState.record``, the same on every rank of the replica."""
@@ -176,7 +181,8 @@ class MegatronEngine:
         """Run this stage between its neighbours: receive ``entering`` rows, run, send on what it returns."""
         groups, backbone = self.groups, self.backbone
         if not groups.is_first_stage:
-            received = torch.empty(entering, 1, backbone.spec.hidden_size, dtype=backbone.dtype, device=self.device)
+            received = torch.empty(entering, 1, backbone.spec.hidden_size, dtype=backbone.dtype,
+                                   device=self.device)
             dist.recv(received, group=groups.pp, group_src=groups.coords.pp - 1)
             backbone.set_input_tensor(received)
         hidden = run()
@@ -192,26 +198,31 @@ def _trunks_of(prefixes: Prefixes, slot: int) -> LeafGroup:
 
 def _routing(experts: Sequence[tuple[str | None, slice]], rows: int) -> list[tuple[str, slice]]:
     """(expert, rows of the step) from lanes, ``rows`` rows each."""
-    return [(expert, slice(lanes.start * rows, lanes.stop * rows)) for expert, lanes in experts if expert is not None]
+    return [(expert, slice(lanes.start * rows, lanes.stop * rows))
+            for expert, lanes in experts if expert is not None]
 
 
-def _kept_experts(experts: Sequence[tuple[str | None, slice]], lanes) -> list[tuple[str | None, slice]]:
+def _kept_experts(experts: Sequence[tuple[str | None, slice]],
+                  lanes: np.ndarray) -> list[tuple[str | None, slice]]:
     """Each policy's place in the batch when only ``lanes`` (ascending) of the wave are left."""
-    ends = [(expert, slice(*lanes.searchsorted([part.start, part.stop]).tolist())) for expert, part in experts]
-    return [(expert, part) for expert, part in ends if part.start < part.stop]
+    ends = [(expert, lanes.searchsorted([part.start, part.stop]).tolist()) for expert, part in experts]
+    return [(expert, slice(start, stop)) for expert, (start, stop) in ends if start < stop]
 
 
-def _stack(drawn) -> Tensor:
+def _stack(drawn: Sampled) -> Tensor:
+    """[3, L] float64; ids stay exact."""
     return torch.stack([column.double() for column in drawn])
 
 
-def _completions(wave: Wave, requests: Sequence[Request], answers: Answers) -> Iterator[tuple[int, Completion]]:
+def _completions(wave: Wave, requests: Sequence[Request],
+                 answers: Answers) -> Iterator[tuple[int, Completion]]:
     """(index of its request, completion) of every lane."""
-    for lane, (index, sample_number) in enumerate(zip(wave.request.tolist(), wave.sample.tolist())):
-        request, length = requests[index], int(answers.lengths[lane])
-        new = Segment(answers.token_ids[lane, :length].tolist(), "policy",
-                      answers.logprobs[lane, :length].tolist(), answers.sampled_logprobs[lane, :length].tolist())
+    columns = answers.token_ids, answers.logprobs, answers.sampled_logprobs
+    for lane, (index, number) in enumerate(zip(wave.request.tolist(), wave.sample.tolist())):
+        request = requests[index]
+        token_ids, logprobs, sampled = (column[lane, :answers.lengths[lane]].tolist() for column in columns)
+        new = Segment(token_ids, "policy", logprobs, sampled)
         prior = [Segment(list(s.token_ids), s.origin, list(s.logprobs), list(s.sampled_logprobs))
                  for s in request.prior]
-        yield index, Completion(request.prompt, request.expert, sample_number, [*prior, new],
+        yield index, Completion(request.prompt, request.expert, number, [*prior, new],
                                 "stop" if answers.stopped[lane] else "length")

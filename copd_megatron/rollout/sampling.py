@@ -1,9 +1,9 @@
 """Drawing one token per lane from a head whose vocabulary is sharded over the tensor-parallel ranks.
 
-Inverse CDF in the order of token ids: with M_r the probability mass of rank r's shard, the uniform number u picks
-the rank with sum_{s<r} M_s <= u < sum_{s<=r} M_s, and (u - sum_{s<r} M_s) / M_r the token within it. Only masses
-travel (one number per rank and lane) and the chosen token; logits never leave their rank, and the same u gives the
-same token however the vocabulary is cut.
+Inverse CDF in the order of token ids: with M_r the probability mass of rank r's shard, the uniform number u
+picks the rank with sum_{s<r} M_s <= u < sum_{s<=r} M_s, and (u - sum_{s<r} M_s) / M_r the token within it.
+Only masses travel (one number per rank and lane) and the chosen token; logits never leave their rank, and the
+same u gives the same token however the vocabulary is cut.
 
 Shape suffixes: L lanes, V this rank's real vocabulary rows, R ranks of the tensor-parallel group.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 from copd_megatron.model.vocab_parallel import Head, shard_logits
 
 BISECTIONS = {torch.float32: 32, torch.float64: 64}
-"""Halvings after which two different log-probs near any nucleus boundary (at most -0.69, spread over at most 40
-nats) are told apart."""
+"""Halvings that tell any two different log-probs apart near the boundary of a nucleus: tokens that compete
+for it have at most half of the mass (-0.69), and the search starts from an interval of at most 40 nats."""
 
 
 class Sampled(NamedTuple):
@@ -50,6 +50,11 @@ class LaneSampling:
         return LaneSampling(self.temperature_L[lanes], self.top_p_L[lanes], self.greedy_L[lanes])
 
     @cached_property
+    def any_greedy(self) -> bool:
+        """Whether some lane takes the most likely token."""
+        return bool(self.greedy_L.any())
+
+    @cached_property
     def any_random(self) -> bool:
         """Whether some lane needs a uniform number."""
         return not self.greedy_L.all()
@@ -61,7 +66,8 @@ class LaneSampling:
 
 
 @torch.no_grad()
-def sample(hidden_LH: Tensor, head: Head, how: LaneSampling, uniform_L: Tensor, temperature: float) -> Sampled:
+def sample(hidden_LH: Tensor, head: Head, how: LaneSampling, uniform_L: Tensor,
+           temperature: float) -> Sampled:
     """Draw the next token of each lane.
 
     Args:
@@ -95,17 +101,20 @@ def _sample_chunk(hidden_LH: Tensor, head: Head, how: LaneSampling, uniform_L: T
     if drawn_LV is not policy_LV:
         lse_L = _gather(policy_LV.logsumexp(1), head).logsumexp(0)
     shard_L, local_L = _invert(masses_RL, cumulative_LV, uniform_L, head)
-    greedy_L = torch.from_numpy(how.greedy_L).to(shard_L.device)
-    if how.greedy_L.any():
+    if how.any_greedy:
+        greedy_L = torch.from_numpy(how.greedy_L).to(shard_L.device)
         best = _most_likely(policy_LV, head)
         shard_L, local_L = (torch.where(greedy_L, *both) for both in zip(best, (shard_L, local_L)))
     token_ids_L, logits_L, drawn_logits_L = _pick(policy_LV, drawn_LV, shard_L, local_L, head)
-    return Sampled(token_ids_L, logits_L - lse_L, (drawn_logits_L - drawn_lse_L).masked_fill(greedy_L, 0.0))
+    drawn_logprobs_L = drawn_logits_L - drawn_lse_L
+    if how.any_greedy:
+        drawn_logprobs_L = drawn_logprobs_L.masked_fill(greedy_L, 0.0)
+    return Sampled(token_ids_L, logits_L - lse_L, drawn_logprobs_L)
 
 
 def _pick(policy_LV: Tensor, drawn_LV: Tensor, shard_L: Tensor, local_L: Tensor,
           head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """Global id and both logits of the token in row ``local_L`` of rank ``shard_L``'s shard, on every rank."""
+    """Global id and both logits of the token in row ``local_L`` of rank ``shard_L``, known to every rank."""
     logits = [x.gather(1, local_L[:, None])[:, 0].double() for x in (policy_LV, drawn_LV)]
     # Only the owner contributes to the sum; float64 holds every id and logit exactly.
     picked_3L = torch.stack([(local_L + head.vocab_start).double(), *logits])
@@ -130,7 +139,7 @@ def _drawn_logits(policy_LV: Tensor, head: Head, how: LaneSampling, temperature:
 
 
 def _nucleus(logits_LV: Tensor, top_p_L: Tensor, head: Head) -> Tensor:
-    """Logits with -inf outside the nucleus {v: log p_v >= t}, t the highest threshold whose mass reaches top_p.
+    """Logits with -inf outside the nucleus {v: log p_v >= t}, t the highest threshold that leaves it top_p.
 
     t is bisected between 0 and log((1 - p) / vocabulary): tokens below that weigh less than 1 - p together.
     """
@@ -150,21 +159,22 @@ def _nucleus(logits_LV: Tensor, top_p_L: Tensor, head: Head) -> Tensor:
 
 
 def _most_likely(logits_LV: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """(rank, row within its shard) of the highest logit; the lowest id among equals, as argmax takes the first."""
+    """(rank, row in its shard) of the highest logit; the lowest id among equals: argmax takes the first."""
     local_L = logits_LV.argmax(1)
     best_RL = _gather(logits_LV.gather(1, local_L[:, None])[:, 0], head)
     return best_RL.argmax(0), local_L
 
 
 def _masses(logits_LV: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Log-mass [R, L] of every shard, unnormalised, and cumulative masses [L, V] of this one, up to a factor."""
+    """Unnormalised log-mass [R, L] of each shard, and cumulative masses [L, V] of this one up to a factor."""
     # A shard whose tokens are all cut off has a peak of -inf; any finite one gives it masses of 0.
     peak_L1 = logits_LV.amax(1, keepdim=True).clamp_(min=torch.finfo(logits_LV.dtype).min)
     cumulative_LV = (logits_LV - peak_L1).exp_().cumsum_(1)
     return _gather(peak_L1[:, 0] + cumulative_LV[:, -1].log(), head), cumulative_LV
 
 
-def _invert(log_masses_RL: Tensor, cumulative_LV: Tensor, uniform_L: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+def _invert(log_masses_RL: Tensor, cumulative_LV: Tensor, uniform_L: Tensor,
+            head: Head) -> tuple[Tensor, Tensor]:
     """(rank, row within its shard) that each uniform number falls on; rows count on their own rank only."""
     share_RL = log_masses_RL.double().softmax(0)
     until_RL = share_RL.cumsum(0)

@@ -1,4 +1,4 @@
-"""What every rollout engine must do, as tests over a harness; each engine's test file runs them on its own engine.
+"""What every rollout engine must do, as tests over a harness; each engine's test file runs them on its own.
 
 A test file subclasses ``EngineContract`` and provides a fixture ``harness`` (see ``Harness``).
 """
@@ -70,7 +70,8 @@ class EngineContract:
         settings = replace(self.PARAMS, **params)
         policies = [*harness.experts, None]
         prompts = [harness.prompt(1), harness.prompt(2), harness.prompt(3, visual=harness.visual is not None)]
-        return [Request(prompt, policy, 2, settings, noise_key=(4,)) for prompt in prompts for policy in policies]
+        return [Request(prompt, policy, 2, settings, noise_key=(4,))
+                for prompt in prompts for policy in policies]
 
     def test_answers_come_in_order(self, harness):
         requests = self.mixed(harness)
@@ -139,7 +140,7 @@ class EngineContract:
                 np.testing.assert_allclose(completion.logprobs, truth.max(1), atol=harness.tolerance, rtol=0)
 
     def test_samples_follow_the_distribution(self, harness):
-        """Pearson's chi-square over the first token; its mean is the degrees of freedom, its variance twice that."""
+        """Pearson's chi-square over the first token: mean f and variance 2 f for f degrees of freedom."""
         prompt, expert, samples = harness.prompt(1), harness.experts[0], 4000
         request = Request(prompt, expert, samples, replace(self.PARAMS, max_tokens=1), (0,))
         first = [completion.token_ids[0] for completion in answer(harness, [request])[0]]
@@ -162,7 +163,8 @@ class EngineContract:
     def test_samples_of_a_group_may_be_asked_for_apart(self, harness):
         request = Request(harness.prompt(2), harness.experts[0], 6, self.PARAMS, (4,))
         whole, = tokens(answer(harness, [request]))
-        parts = tokens(answer(harness, [replace(request, samples=2, sample_offset=4), replace(request, samples=4)]))
+        late, early = replace(request, samples=2, sample_offset=4), replace(request, samples=4)
+        parts = tokens(answer(harness, [late, early]))
         assert parts[1] + parts[0] == whole
 
     def test_neighbours_and_order_do_not_matter(self, harness):
@@ -174,12 +176,14 @@ class EngineContract:
     @pytest.mark.parametrize("decode_lanes", [3, 7])
     def test_lanes_per_wave_do_not_matter(self, harness, decode_lanes):
         requests = self.mixed(harness, stop_token_ids=(3, 9, 27))
-        assert tokens(answer(harness, requests, decode_lanes=decode_lanes)) == tokens(answer(harness, requests))
+        together = tokens(answer(harness, requests))
+        assert tokens(answer(harness, requests, decode_lanes=decode_lanes)) == together
 
     def test_requests_keep_their_own_settings(self, harness):
         one, two, three, *_ = self.mixed(harness)
         requests = [replace(one, params=replace(self.PARAMS, greedy=True, max_tokens=2)),
-                    replace(two, params=replace(self.PARAMS, temperature=0.3, stop_token_ids=(3,), max_tokens=9)),
+                    replace(two, params=replace(self.PARAMS, temperature=0.3, max_tokens=9,
+                                                stop_token_ids=(3,)), sample_offset=1),
                     replace(three, params=replace(self.PARAMS, top_p=0.4, max_tokens=1), noise_key=(1, 2))]
         assert tokens(answer(harness, requests)) == [tokens(answer(harness, [r]))[0] for r in requests]
 

@@ -1,9 +1,9 @@
 """Sampling parameters and requests refuse what cannot be meant."""
 import pytest
-from support.random_backbone import make_prompt
 
 from copd_megatron.rollout.engine import Request, SamplingParams
 from copd_megatron.types import Segment
+from support.random_backbone import make_prompt
 
 PARAMS = SamplingParams(max_tokens=4, stop_token_ids=(2,))
 

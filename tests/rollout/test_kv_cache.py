@@ -4,10 +4,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from support.random_backbone import make_backbone, make_prompt, one_rank_groups
 
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack
 from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock, prefix_blocks
+from support.random_backbone import make_backbone, make_prompt, one_rank_groups
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, DIM, LAYER = 4, 2, 8, 1
@@ -24,7 +24,8 @@ def block(numbers, lengths, seed):
     padding = torch.arange(width) >= torch.tensor(lengths)[:, None]
     for x in kv:
         x.masked_fill_(padding[:, None, :, None], 1e3)
-    bias = torch.zeros(len(lengths), 1, 1, width, dtype=torch.float64).masked_fill_(padding[:, None, None], float("-inf"))
+    bias = torch.zeros(len(lengths), 1, 1, width, dtype=torch.float64)
+    bias.masked_fill_(padding[:, None, None], float("-inf"))
     return PrefixBlock(np.array(numbers), np.array(lengths), {LAYER: kv}, bias if padding.any() else None)
 
 
@@ -125,7 +126,8 @@ def test_blocks_hold_the_captured_rows(scope, first_layer):
     assert not capture
     assert sorted(sum((b.trunks.tolist() for b in blocks), [])) == sorted(numbers.values())
     names = {number: key for key, number in numbers.items()}
-    assert [sorted({lengths[names[n][0]] for n in b.trunks.tolist()}) for b in blocks] == [[90, 95], [30, 44], [10]]
+    together = [sorted({lengths[names[number][0]] for number in b.trunks.tolist()}) for b in blocks]
+    assert together == [[90, 95], [30, 44], [10]]
     for b in blocks:
         for i, number in enumerate(b.trunks.tolist()):
             for layer, kv in captured.items():

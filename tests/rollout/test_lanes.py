@@ -1,4 +1,4 @@
-"""Requests become waves of lanes: every completion once, prompts together, forced rows and noise as defined."""
+"""Requests become waves of lanes: every completion once, prompts together, forced rows and noise as told."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.random_backbone import make_prompt
 
 from copd_megatron.model.shared_prefix import PackRules
 from copd_megatron.parallel.seeding import stable_hash, uniform
 from copd_megatron.rollout.engine import Request, SamplingParams
 from copd_megatron.rollout.lanes import ForcedRows, LaneNoise, plan_waves
 from copd_megatron.types import Segment
+from support.random_backbone import make_prompt
 
 PARAMS = SamplingParams(max_tokens=4, stop_token_ids=())
 PROMPTS = [make_prompt(seed, length) for seed, length in ((1, 9), (2, 6), (3, 3), (4, 1))]
@@ -74,7 +74,8 @@ def test_forced_rows(scope, rows):
     wave, = plan_waves(requests, pack_rules, 10)
     forced = ForcedRows.build(wave, requests, pack_rules)
     assert forced.lengths.tolist() == [rows, rows, rows + 3]
-    assert forced.token_ids[:, :rows].tolist() == [r.prompt.token_ids[-rows:].tolist() for r in requests for _ in range(r.samples)]
+    last = [r.prompt.token_ids[-rows:].tolist() for r in requests for _ in range(r.samples)]
+    assert forced.token_ids[:, :rows].tolist() == last
     assert forced.token_ids[2, rows:].tolist() == [11, 12, 13]
     assert forced.token_ids[:2, rows:].max(initial=0) == 0
     for lane, index in enumerate(wave.request.tolist()):
@@ -84,26 +85,31 @@ def test_forced_rows(scope, rows):
         assert np.array_equal(forced.positions[:, lane], want)
         assert forced.offsets[lane] + rows == prompt.next_position
     kept = forced.select(np.array([2]))
-    assert kept.token_ids.tolist() == forced.token_ids[2:].tolist() and kept.positions.shape == (3, 1, rows + 3)
+    assert kept.token_ids.tolist() == forced.token_ids[2:].tolist()
+    assert kept.positions.shape == (3, 1, rows + 3)
 
 
 def test_noise_is_keyed_by_what_it_is_for():
-    requests = [Request(PROMPTS[0], "a", 2, PARAMS, (4, 9)), Request(PROMPTS[1], None, 2, PARAMS, (4,), sample_offset=3)]
+    requests = [Request(PROMPTS[0], "a", 2, PARAMS, (4, 9)),
+                Request(PROMPTS[1], None, 2, PARAMS, (4,), sample_offset=3)]
     wave, = plan_waves(requests, PackRules(), 10)
     positions = np.arange(5) + np.array([[0], [0], [2], [2]])
     got = LaneNoise(17, wave, requests).uniforms(positions)
     for lane, (index, sample) in enumerate(zip(wave.request.tolist(), wave.sample.tolist())):
         request = requests[index]
         expert = 0 if request.expert is None else stable_hash(request.expert)
-        want = uniform(17, expert, *request.noise_key, stable_hash(request.prompt.key), sample, positions[lane])
+        key = expert, *request.noise_key, stable_hash(request.prompt.key), sample
+        want = uniform(17, *key, positions[lane])
         assert np.array_equal(got[lane], want)
 
 
-@pytest.mark.parametrize("change", [{"expert": "b"}, {"noise_key": (1,)}, {"sample_offset": 1}, {"prompt": PROMPTS[1]}])
+@pytest.mark.parametrize("change", [{"expert": "b"}, {"noise_key": (1,)}, {"sample_offset": 1},
+                                    {"prompt": PROMPTS[1]}])
 def test_every_word_of_the_key_changes_the_noise(change):
     def noise(request, seed=1, start=0):
         wave, = plan_waves([request], PackRules(), 10)
         return LaneNoise(seed, wave, [request]).uniforms(np.array([[start]]))[0, 0]
 
     request = Request(PROMPTS[0], "a", 1, PARAMS, (0,))
-    assert len({noise(request), noise(replace(request, **change)), noise(request, seed=2), noise(request, start=1)}) == 4
+    other = noise(replace(request, **change))
+    assert len({noise(request), other, noise(request, seed=2), noise(request, start=1)}) == 4

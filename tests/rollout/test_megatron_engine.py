@@ -1,4 +1,4 @@
-"""The embedded engine keeps the contract; sharing, compaction, attention backend and layout change nothing."""
+"""The embedded engine keeps the contract; sharing, compaction, attention and layout change nothing."""
 from __future__ import annotations
 
 from dataclasses import replace
@@ -9,11 +9,6 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("rollout.engine_contract")
-
-from rollout.engine_contract import EngineContract, tokens  # noqa: E402
-from support.random_backbone import SPEC, make_backbone, make_prompt, one_rank_groups  # noqa: E402
-from support.ranks import run_ranks  # noqa: E402
-from support.tiny_models import tiny_model  # noqa: E402
 
 from copd_megatron.config.model import AdapterConfig, ModelConfig  # noqa: E402
 from copd_megatron.config.rollout import RolloutConfig  # noqa: E402
@@ -30,6 +25,10 @@ from copd_megatron.rollout import megatron_engine  # noqa: E402
 from copd_megatron.rollout.engine import Request, SamplingParams  # noqa: E402
 from copd_megatron.rollout.megatron_engine import MegatronEngine  # noqa: E402
 from copd_megatron.types import Segment  # noqa: E402
+from rollout.engine_contract import EngineContract, tokens  # noqa: E402
+from support.random_backbone import SPEC, make_backbone, make_prompt, one_rank_groups  # noqa: E402
+from support.ranks import run_ranks  # noqa: E402
+from support.tiny_models import tiny_model  # noqa: E402
 
 CPU = torch.device("cpu")
 LENGTHS = {1: 9, 2: 6, 3: 13}
@@ -38,14 +37,14 @@ LENGTHS = {1: 9, 2: 6, 3: 13}
 
 def features(prompts, spec=SPEC):
     """Invented features that depend on the prompt alone: (merged, deepstack)."""
-    found = [torch.randn(1 + spec.deepstack_layers, len(p.visual_index), spec.hidden_size, dtype=torch.float64,
-                         generator=generator_for(0, p.key)) for p in prompts if len(p.visual_index)]
-    stacked = torch.cat(found, 1)
+    stacked = torch.cat([torch.randn(1 + spec.deepstack_layers, len(p.visual_index), spec.hidden_size,
+                                     dtype=torch.float64, generator=generator_for(0, p.key))
+                         for p in prompts if len(p.visual_index)], 1)
     return stacked[0], list(stacked[1:])
 
 
 class MegatronHarness:
-    """The engine over a random float64 backbone on one rank; truth is the naive trainer with plain attention."""
+    """The engine over a random backbone on one rank; truth is the naive trainer with plain attention."""
 
     experts, vocab_size, tolerance, max_prompt_tokens = ("a", "b"), SPEC.vocab_size, 1e-11, 40
     visual = staticmethod(features)
@@ -92,7 +91,7 @@ PARAMS = SamplingParams(max_tokens=7, stop_token_ids=(7, 20, 33))
 
 
 def _requests():
-    """Several policies and prompts, one with media, one of a single row beyond the header, and a continuation."""
+    """Several policies and prompts, one with media, one of a header alone, and a continuation."""
     prompts = [make_prompt(1, 9, visual_tokens=4), make_prompt(2, 6), make_prompt(3, 30), make_prompt(4, 3)]
     requests = [Request(p, expert, 4, PARAMS, (2,)) for p in prompts for expert in ("b", None, "a")]
     prior = (Segment([11, 12], "policy", [-1.0, -1.0], [-1.0, -1.0]), Segment([13], "environment"))
@@ -111,11 +110,20 @@ def _same(one, other):
     np.testing.assert_allclose(one[2], other[2], rtol=0, atol=1e-12)
 
 
+def _check_logprobs(harness, completions, atol=1e-11):
+    """The engine's log-probs are the naive trainer's."""
+    for completion in (c for group in completions for c in group):
+        truth = harness.logprobs(completion.prompt, completion.expert, completion.token_ids, 1.0)
+        picked = truth[np.arange(len(truth)), completion.token_ids]
+        np.testing.assert_allclose(completion.logprobs, picked, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("first_layer", [0, 1, 2])
 @pytest.mark.parametrize("scope", ["sequence", "completion"])
 def test_sharing_changes_the_work_only(groups, scope, first_layer):
     options = {"scope": scope, "first_layer": first_layer}
-    shared, naive = MegatronHarness(groups, **options).engine(), MegatronHarness(groups, sharing=False, **options).engine()
+    shared = MegatronHarness(groups, **options).engine()
+    naive = MegatronHarness(groups, sharing=False, **options).engine()
     _same(_outcome(shared.generate(_requests(), features)), _outcome(naive.generate(_requests(), features)))
     assert naive.counters.prompt_tokens_computed == naive.counters.prompt_tokens_asked
     forced = 1 if scope == "sequence" else 3
@@ -129,9 +137,9 @@ def test_sharing_changes_the_work_only(groups, scope, first_layer):
 
 @pytest.mark.parametrize("scope", ["sequence", "completion"])
 def test_plain_attention_gives_the_same(groups, scope):
-    fused, plain = (MegatronHarness(groups, scope=scope, attention=attention).engine().generate(_requests(), features)
-                    for attention in ("flash", "reference"))
-    _same(_outcome(fused), _outcome(plain))
+    fused, plain = (MegatronHarness(groups, scope=scope, attention=name) for name in ("flash", "reference"))
+    _same(_outcome(fused.engine().generate(_requests(), features)),
+          _outcome(plain.engine().generate(_requests(), features)))
 
 
 @pytest.mark.parametrize("compact_at", [0.0, 1.0])
@@ -144,10 +152,9 @@ def test_dropping_ended_lanes_changes_nothing(harness, monkeypatch, compact_at):
 def test_many_steps(harness):
     """Caches grow and noise is drawn in blocks: long answers are still the trainer's."""
     request = Request(make_prompt(1, 9), "a", 3, SamplingParams(max_tokens=70, stop_token_ids=()), (2,))
-    for completion in harness.engine().generate([request])[0]:
-        truth = harness.logprobs(request.prompt, "a", completion.token_ids, 1.0)
-        np.testing.assert_allclose(completion.logprobs, truth[np.arange(len(truth)), completion.token_ids],
-                                   rtol=0, atol=1e-11)
+    completions, = harness.engine().generate([request])
+    _check_logprobs(harness, [completions])
+    for completion in completions:
         assert len(set(completion.token_ids)) > 15, "the noise repeats"
 
 
@@ -173,8 +180,7 @@ def test_a_group_larger_than_a_wave_is_prefilled_once(groups):
 
 def test_one_prompt_asked_for_twice_is_prefilled_once(groups):
     engine = MegatronHarness(groups).engine()
-    prompt = make_prompt(3, 30)
-    engine.generate([Request(prompt, "a", 2, PARAMS, (2,)), Request(make_prompt(3, 30), "a", 3, PARAMS, (5,))])
+    engine.generate([Request(make_prompt(3, 30), "a", samples, PARAMS, (samples,)) for samples in (2, 3)])
     assert engine.counters.prompt_tokens_computed == 29 + 5
 
 
@@ -182,7 +188,12 @@ def test_prefill_is_cut_into_packs(harness, monkeypatch):
     """No pack holds more tokens than the longest allowed prompt, unless it is one prompt."""
     seen = []
     build = megatron_engine.build_pack
-    monkeypatch.setattr(megatron_engine, "build_pack", lambda *a, **k: seen.append(build(*a, **k)) or seen[-1])
+
+    def watched(*args, **kwargs):
+        seen.append(build(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(megatron_engine, "build_pack", watched)
     cut = _outcome(harness.engine(max_prompt_tokens=30).generate(_requests(), features))
     assert len(seen) > 1
     assert all(pack.upper.tokens <= 30 or len(pack.prompts) == 1 for pack in seen)
@@ -197,22 +208,17 @@ def test_prompt_without_a_prefix(groups, scope, length):
                 Request(make_prompt(9, 11), "a", 3, PARAMS, (2,))]
     together = harness.engine().generate(requests)
     assert tokens(together)[:1] == tokens(harness.engine().generate(requests[:1]))
-    for request, group in zip(requests, together):
-        for completion in group:
-            truth = harness.logprobs(request.prompt, "a", completion.token_ids, 1.0)
-            np.testing.assert_allclose(completion.logprobs, truth[np.arange(len(truth)), completion.token_ids],
-                                       rtol=0, atol=1e-11)
+    _check_logprobs(harness, together)
 
 
 def test_headers_of_different_length(groups):
     """Lanes whose forced rows differ in number are fed them while others answer already."""
     harness = MegatronHarness(groups, scope="completion")
-    requests = [Request(make_prompt(s, 9, header=h), "a", 2, PARAMS, (2,)) for s, h in ((1, 2), (2, 5), (3, 3))]
+    prompts = [make_prompt(seed, 9, header=header) for seed, header in ((1, 2), (2, 5), (3, 3))]
+    requests = [Request(prompt, "a", 2, PARAMS, (2,)) for prompt in prompts]
     together = harness.engine().generate(requests)
     assert tokens(together) == [tokens(harness.engine().generate([r]))[0] for r in requests]
-    for request, group in zip(requests, together):
-        truth = harness.logprobs(request.prompt, "a", group[0].token_ids, 1.0)
-        np.testing.assert_allclose(group[0].logprobs, truth[np.arange(len(truth)), group[0].token_ids], rtol=0, atol=1e-11)
+    _check_logprobs(harness, together)
 
 
 def test_scope_completion_needs_a_header(groups):
@@ -234,11 +240,7 @@ def test_other_dtypes(groups, dtype, tolerance):
     """The engine's log-probs stay near the trainer's of the same dtype."""
     harness = MegatronHarness(groups, dtype=dtype)
     requests = [r for r in _requests() if not len(r.prompt.visual_index)]
-    for request, group in zip(requests, harness.engine().generate(requests)):
-        for completion in group:
-            truth = harness.logprobs(request.prompt, request.expert, completion.token_ids, 1.0)
-            np.testing.assert_allclose(completion.logprobs, truth[np.arange(len(truth)), completion.token_ids],
-                                       rtol=0, atol=tolerance)
+    _check_logprobs(harness, harness.engine().generate(requests), tolerance)
 
 
 CASES = [("sequence", 0, True, 1024), ("completion", 0, True, 5), ("sequence", 2, True, 1024),

@@ -1,15 +1,15 @@
-"""Tokens drawn from a sharded head: exact against a dense reference, distributed as they should, equal on all ranks."""
+"""Tokens drawn from a sharded head: exact against a dense reference, well distributed, equal on all ranks."""
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import run_ranks
 
 from copd_megatron.model.vocab_parallel import Head
 from copd_megatron.parallel.seeding import uniform
 from copd_megatron.rollout.sampling import LaneSampling, sample
+from support.ranks import run_ranks
 
 HIDDEN, VOCABULARY, LANES = 8, 37, 24
 
@@ -119,8 +119,8 @@ def test_noise_at_the_ends_draws_a_token_with_mass(u, top_p, dtype):
     got = sample(hidden, Head(weight, 0, VOCABULARY), how, torch.full((LANES,), u, dtype=torch.float64), 1.0)
     assert got.sampled_logprobs_L.isfinite().all()
     logits = hidden @ weight.T
-    kept = logits >= logits.gather(1, got.token_ids_L[:, None])  # the drawn token is no less likely than the last kept
-    assert top_p == 1 or (kept.sum(1) <= 12).all()
+    as_likely = (logits >= logits.gather(1, got.token_ids_L[:, None])).sum(1)
+    assert top_p == 1 or (as_likely <= 0.3 * VOCABULARY + 1).all()
     expected = torch.zeros(LANES) if u < 0.5 else torch.full((LANES,), VOCABULARY - 1)
     assert top_p < 1 or got.token_ids_L.equal(expected.long())
 
@@ -153,7 +153,8 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(scale, top_p, dtype)
     kept = (got.logprobs_L - got.sampled_logprobs_L).double().exp()
     want = torch.where(torch.arange(500) < sizes[:, None], probs, 0).sum(1)
     assert clear.sum() > 5 or (scale, dtype) == (30.0, torch.float32)
-    torch.testing.assert_close(kept[clear], want[clear], rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-11)
+    atol = 1e-5 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(kept[clear], want[clear], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("temperature,top_p", [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8)])

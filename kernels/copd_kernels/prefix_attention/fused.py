@@ -15,7 +15,8 @@ from copd_kernels.prefix_attention.plan import Block, Plan
 _aten = torch.ops.aten
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool,
+           bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Dense attention with its log-sum-exp, without autograd.
 
     Args:
