@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 
 from copd_megatron import platform
 from copd_megatron.config.parallel import ParallelConfig
@@ -127,12 +127,15 @@ class Groups:
                              f"{dist.get_world_size()} ranks")
         if parallel_state.model_parallel_is_initialized():
             raise RuntimeError("groups exist already in this process; call destroy() on them first")
+        before = set(_alive())
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
             context_parallel_size=layout.cp, order="tp-cp-ep-dp-pp", create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, round(timeout_s / 60)))
         model_parallel_cuda_manual_seed(MEGATRON_RNG_SEED, force_reset_rng=True)
-        return cls._around_megatron(layout, placement, backend, timeout)
+        groups = cls._around_megatron(layout, placement, backend, timeout)
+        groups._owned.extend(group for group in _alive() if group not in before)
+        return groups
 
     @classmethod
     def _around_megatron(cls, layout: Layout, placement: Placement, backend: str | None,
@@ -143,13 +146,10 @@ class Groups:
         megatron = ProcessGroupCollection.use_mpu_process_groups()
         known = {_replicas(layout): megatron.mp} if layout.cp == 1 else {}  # Megatron's mp is tp x pp
         known[_peers(layout, range(layout.replicas))] = megatron.dp
-        owned: list[ProcessGroup] = []
 
         def group_of(partition: Partition) -> ProcessGroup | None:
             if partition not in known:
                 known[partition] = _create(partition, rank, backend, timeout)
-                if known[partition] is not None:
-                    owned.append(known[partition])
             return known[partition]
 
         replica = group_of(_replicas(layout))
@@ -159,14 +159,15 @@ class Groups:
             adapter[expert] = group if coords.replica in hosts else None
         return cls(layout=layout, placement=placement, rank=rank, coords=coords, world=dist.group.WORLD,
                    tp=megatron.tp, pp=megatron.pp, cp=megatron.cp, replica=replica, exchange=megatron.dp,
-                   adapter=adapter, pg_collection=megatron, _owned=owned)
+                   adapter=adapter, pg_collection=megatron)
 
     def destroy(self) -> None:
         """Drop all groups but the world, so that `create` may be called again. All ranks call it."""
+        # Megatron only forgets its groups; each keeps three threads until it is destroyed.
+        parallel_state.destroy_model_parallel()
         for group in self._owned:
             dist.destroy_process_group(group)
         self._owned.clear()
-        parallel_state.destroy_model_parallel()
 
     @property
     def hosted(self) -> tuple[str, ...]:
@@ -207,6 +208,11 @@ class Groups:
     def last_stage_rank(self) -> int:
         """Global rank of the last stage of this rank's own pipeline (same cp and tp)."""
         return self.layout.rank_of(self.coords.replica, self.layout.pp - 1, self.coords.cp, self.coords.tp)
+
+
+def _alive() -> list[ProcessGroup]:
+    """All groups of this process but the world. torch has no public list of them."""
+    return [group for group in distributed_c10d._world.pg_map if group is not dist.group.WORLD]
 
 
 def _replicas(layout: Layout) -> Partition:
