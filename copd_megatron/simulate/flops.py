@@ -1,0 +1,187 @@
+"""Floating-point operations of one update, in closed form, for three ways of evaluating the same lanes.
+
+One update is N scorings (the G completions of one prompt under each of N experts, forward only) and one
+forward and backward of one expert over them; the backbone gets no weight gradients. The ways:
+
+    naive       every lane carries its own copy of the prompt
+    per_expert  the completions of a group share their prompt, one scoring pass per expert
+    shared      all lanes of the group pass together: below ``first_layer`` once for all experts, and
+                in scope ``completion`` one prompt for all experts, which is never differentiated
+
+A stream of T tokens with a score for each of S (query, key) pairs costs per layer, at 2 FLOPs per
+multiply-add, with W the weights of the layer's linears, d the head dim and r the rank:
+
+    linears     2 T W           backward: 1x (gradient of the input)
+    attention   4 d heads S     backward: 2.5x (scores again, then gradients of q, k, v and scores)
+    adapters    2 r (in + out)  per adapted row and projection; backward: 2x (A, B, hidden, input)
+    head        2 H V           per scored token, once; backward: 2x (logits again, gradient of the input)
+
+Layers below ``first_layer`` have no backward, and the first adapted linear differentiates no input.
+Norms, rotary angles, the embedding and padding are left out.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from copd_megatron.config.model import AdapterConfig
+from copd_megatron.model.spec import BackboneSpec
+
+Way = Literal["naive", "per_expert", "shared"]
+WAYS: tuple[Way, ...] = ("naive", "per_expert", "shared")
+
+LINEARS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections that one linear of a layer fuses, in the order the linears are applied."""
+
+
+@dataclass(frozen=True)
+class UpdateShape:
+    """Lengths and counts of one update.
+
+    Example: ``UpdateShape(prefix=256, completion=32, group=8, experts=3)``.
+    """
+
+    prefix: int
+    """P: tokens of the prompt, its generation header included."""
+    completion: int
+    """R >= 1: tokens of each completion; no two completions of the group are equal."""
+    group: int = 8
+    """G: completions of the prompt."""
+    experts: int = 3
+    """N: experts that score every completion."""
+    header: int = 3
+    """Tokens of the generation header, which scope ``completion`` adapts as well; 1 <= header <= prefix."""
+
+    def forced(self, adapter: AdapterConfig) -> int:
+        """Prompt tokens that every leaf starts with."""
+        return self.header if adapter.scope == "completion" else 1
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations by where they are spent."""
+
+    linears: float = 0.0
+    adapters: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, factor: float) -> Flops:
+        return Flops(*(getattr(self, f.name) * factor for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens that pass a layer together."""
+
+    tokens: int = 0
+    pairs: int = 0
+    """(query, key) pairs that attention scores."""
+    adapted: int = 0
+    """Tokens that some expert's adapters act on."""
+
+
+@dataclass(frozen=True)
+class PassStreams:
+    """The streams of one pass through the backbone."""
+
+    below: Stream
+    """Layers below ``first_layer``; no backward."""
+    trunks: Stream
+    """Layers from ``first_layer`` on, prompts that no adapter touches; no backward."""
+    lanes: Stream
+    """Layers from ``first_layer`` on, everything else."""
+    scored: int
+    """Tokens whose log-probs are taken."""
+
+
+def pass_streams(shape: UpdateShape, adapter: AdapterConfig, experts: int, sharing: bool) -> PassStreams:
+    """Streams of a pass that evaluates all completions of the group under ``experts`` experts."""
+    forced, lanes = shape.forced(adapter), experts * shape.group
+    leaf, trunk = forced + shape.completion - 1, shape.prefix - forced
+    everything = adapter.scope == "sequence"
+    scored = lanes * shape.completion
+    if not sharing:
+        whole = trunk + leaf
+        copies = Stream(lanes * whole, lanes * _causal(whole), lanes * (whole if everything else leaf))
+        return PassStreams(replace(copies, adapted=0), Stream(), copies, scored)
+    leaf_pairs = _causal(leaf) + leaf * trunk
+    below = Stream(trunk + shape.group * leaf, _causal(trunk) + shape.group * leaf_pairs)
+    if everything:
+        own = Stream(experts * trunk + lanes * leaf, experts * _causal(trunk) + lanes * leaf_pairs,
+                     experts * trunk + lanes * leaf)
+        return PassStreams(below, Stream(), own, scored)
+    return PassStreams(below, Stream(trunk, _causal(trunk)), Stream(lanes * leaf, lanes * leaf_pairs, lanes * leaf),
+                       scored)
+
+
+def pass_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams, backward: bool,
+               stored: bool = False) -> Flops:
+    """Cost of one pass.
+
+    Args:
+        backward: also the backward.
+        stored: the states that no adapter touches (``below``, ``trunks``) come from an earlier pass.
+    """
+    depth = spec.num_layers - adapter.first_layer
+    one = _layer_forward(spec, adapter, streams.lanes)
+    cost = one * depth + Flops(head=2.0 * spec.hidden_size * spec.vocab_size * streams.scored)
+    if not stored:
+        cost += _layer_forward(spec, adapter, streams.below) * adapter.first_layer
+        cost += _layer_forward(spec, adapter, streams.trunks) * depth
+    if backward:
+        back = Flops(one.linears, 2 * one.adapters, 2.5 * one.attention) * depth
+        cost += back + Flops(head=2 * cost.head) + _undifferentiated(spec, adapter, streams.lanes) * -1
+    return cost
+
+
+def update_flops(way: Way, shape: UpdateShape, spec: BackboneSpec, adapter: AdapterConfig,
+                 stored: bool = False) -> Flops:
+    """Cost of one update: N scorings, one forward, one backward.
+
+    Args:
+        stored: the forward of the update takes the states that no adapter touches from the scoring
+            instead of computing them again; naive evaluation has none to take.
+    """
+    sharing = way != "naive"
+    together = shape.experts if way == "shared" else 1
+    scoring = pass_flops(spec, adapter, pass_streams(shape, adapter, together, sharing), backward=False)
+    update = pass_flops(spec, adapter, pass_streams(shape, adapter, 1, sharing), backward=True,
+                        stored=stored and sharing)
+    return scoring * (shape.experts / together) + update
+
+
+def _causal(tokens: int) -> int:
+    return tokens * (tokens + 1) // 2
+
+
+def _shape(spec: BackboneSpec, projection: str) -> tuple[int, int]:
+    """(out, in) of a projection."""
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    return {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q),
+            "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}[projection]
+
+
+def _layer_forward(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream) -> Flops:
+    weights = sum(out * inp for linear in LINEARS for out, inp in (_shape(spec, p) for p in linear))
+    widths = sum(sum(_shape(spec, p)) for p in adapter.targets)
+    return Flops(2.0 * stream.tokens * weights, 2.0 * stream.adapted * adapter.rank * widths,
+                 4.0 * spec.head_dim * spec.num_heads * stream.pairs)
+
+
+def _undifferentiated(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream) -> Flops:
+    """What the backward of the first adapted layer leaves out, up to the first linear with an adapter."""
+    first = next(i for i, linear in enumerate(LINEARS) if set(linear) & set(adapter.targets))
+    weights = sum(out * inp for linear in LINEARS[:first + 1] for out, inp in (_shape(spec, p) for p in linear))
+    inputs = sum(_shape(spec, p)[1] for p in LINEARS[first] if p in adapter.targets)
+    attention = 2.5 * _layer_forward(spec, adapter, stream).attention if first > 0 else 0.0
+    return Flops(2.0 * stream.tokens * weights, 2.0 * stream.adapted * adapter.rank * inputs, attention)

@@ -1,0 +1,168 @@
+"""The closed form equals a count over real packs, and what torch counts on a real backbone."""
+from dataclasses import replace
+
+import pytest
+import torch
+from support.random_backbone import SPEC, make_prompt, one_rank_groups
+from torch.utils.flop_counter import FlopCounterMode
+
+from copd_megatron.config.model import AdapterConfig, ModelConfig
+from copd_megatron.model.adapter_bank import projection_shape
+from copd_megatron.model.backbone import Backbone
+from copd_megatron.model.shared_prefix import Leaf, LeafGroup, PackRules, build_pack
+from copd_megatron.model.spec import BackboneSpec, RopeSpec
+from copd_megatron.model.vocab_parallel import score
+from copd_megatron.simulate.flops import LINEARS, WAYS, Flops, UpdateShape, update_flops
+
+CPU = torch.device("cpu")
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHAPES = [UpdateShape(9, 4, group=3, experts=2, header=3), UpdateShape(3, 1, group=1, experts=3, header=3),
+          UpdateShape(1, 6, group=2, experts=1, header=1), UpdateShape(20, 2, group=4, experts=3, header=2)]
+QWEN3_4B = BackboneSpec(family="qwen3", num_layers=36, hidden_size=2560, ffn_hidden_size=9728, num_heads=32,
+                        num_kv_heads=8, head_dim=128, vocab_size=151936, norm_eps=1e-6, rope=RopeSpec(1e6),
+                        qk_norm=True, qkv_bias=False, o_bias=False, mlp_bias=False, tied_head=True,
+                        deepstack_layers=0)
+
+
+def _passes(way, shape, adapter):
+    """(pack, backward) of every pass of the update, in order."""
+    rules = PackRules(adapter.scope, adapter.first_layer, sharing=way != "naive")
+    prompt = make_prompt(1, shape.prefix, header=shape.header)
+    completions = [[7 + g] * shape.completion for g in range(shape.group)]
+    experts = [f"e{n}" for n in range(shape.experts)]
+    together = [experts] if way == "shared" else [[e] for e in experts]
+    for lanes, backward in [*((some, False) for some in together), (experts[:1], True)]:
+        leaves = [Leaf(e, ids) for e in lanes for ids in completions]
+        yield build_pack([LeafGroup(prompt, leaves)], rules, CPU), backward
+
+
+def _rows(rows):
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def _count(pack, backward, spec, adapter):
+    """FLOPs of one pass, read off the pack: every part of every layer's stream, span by span."""
+    head = 2 * spec.hidden_size * spec.vocab_size * len(pack.scored_rows)
+    total = Flops(head=head * (3 if backward else 1))
+    for layer in range(spec.num_layers):
+        parts = pack.level(layer).parts
+        for number, part in enumerate(parts):
+            tokens = sum(stop - start for start, stop, *_ in part.spans)
+            assert tokens == _rows(part.rows)
+            pairs = sum((b - a) * (b - a + 1) / 2 + (b - a) * (d - c) for a, b, c, d in part.spans)
+            differentiated = backward and layer >= adapter.first_layer and number == len(parts) - 1
+            has_gradient = layer > adapter.first_layer
+            for linear in LINEARS:
+                adapted = [p for p in linear if p in adapter.targets]
+                for p in linear:
+                    out, inp = projection_shape(spec, p)
+                    total += Flops(linears=2 * tokens * out * inp * (1 + (differentiated and has_gradient)))
+                if layer >= adapter.first_layer:
+                    for p, (_, rows) in ((p, r) for p in adapted for r in part.routing):
+                        out, inp = projection_shape(spec, p)
+                        work = inp + out + differentiated * (inp + 2 * out + has_gradient * inp)
+                        total += Flops(adapters=2 * adapter.rank * _rows(rows) * work)
+                    has_gradient = has_gradient or bool(adapted)
+                if linear == LINEARS[0]:
+                    forward = 4 * spec.head_dim * spec.num_heads * pairs
+                    total += Flops(attention=forward * (1 + 2.5 * (differentiated and has_gradient)))
+    return total
+
+
+def _close(got, want):
+    for part in ("linears", "adapters", "attention", "head", "total"):
+        assert getattr(got, part) == pytest.approx(getattr(want, part), rel=1e-12), part
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("v_proj", "down_proj"), ("gate_proj",)])
+@pytest.mark.parametrize("first_layer", [0, 1, 2])
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+@pytest.mark.parametrize("way", WAYS)
+def test_equals_the_count_over_real_packs(way, scope, first_layer, targets):
+    adapter = AdapterConfig(rank=5, targets=targets, scope=scope, first_layer=first_layer)
+    for shape in SHAPES:
+        counted = sum((_count(*p, SPEC, adapter) for p in _passes(way, shape, adapter)), Flops())
+        _close(update_flops(way, shape, SPEC, adapter), counted)
+
+
+@pytest.fixture(scope="module")
+def groups():
+    made = one_rank_groups()
+    yield made
+    made.destroy()
+
+
+def _run_and_count(groups, way, shape, adapter, attention):
+    """FLOPs by operator of one update on a real backbone."""
+    spec = replace(SPEC, deepstack_layers=0, vocab_size=53)
+    model = ModelConfig(path="-", dtype="float32", prefix_sharing=way != "naive", attention=attention)
+    backbone = Backbone(spec, groups, model, adapter)
+    for expert in (f"e{n}" for n in range(shape.experts)):
+        backbone.bank.add_expert(expert, seed=0)
+    with FlopCounterMode(display=False) as counter:
+        for pack, backward in _passes(way, shape, adapter):
+            with torch.set_grad_enabled(backward):
+                logprobs = score(backbone(pack), backbone.head, pack.target_ids).logprobs_T
+                if backward:
+                    logprobs.sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    return spec, {str(op).rsplit(".", 1)[-1]: n for op, n in counts.items()}
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+@pytest.mark.parametrize("way", WAYS)
+def test_equals_torchs_counter(groups, way, scope, first_layer):
+    """Linears, adapters and head are plain products, and torch sees all of them, inside our own autograd
+    functions too. It does not see the CPU's fused attention; the next test counts the plain one."""
+    shape, adapter = SHAPES[0], AdapterConfig(rank=5, scope=scope, first_layer=first_layer)
+    spec, counts = _run_and_count(groups, way, shape, adapter, "flash")
+    assert set(counts) <= {"mm", "addmm", "bmm"}
+    want = update_flops(way, shape, spec, adapter)
+    assert sum(counts.values()) == want.linears + want.adapters + want.head
+
+
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_torch_counts_the_attention_of_the_reference(groups, scope):
+    """The plain reference scores full rectangles, masks the future, and keeps the scores for its backward:
+    2x instead of 2.5x. So torch counts a little more than the closed form, and exactly this much."""
+    shape, adapter = SHAPES[0], AdapterConfig(rank=5, scope=scope, first_layer=1)
+    spec, counts = _run_and_count(groups, "shared", shape, adapter, "reference")
+    want = update_flops("shared", shape, spec, adapter)
+    rectangles = 0
+    for pack, backward in _passes("shared", shape, adapter):
+        for layer in range(spec.num_layers):
+            parts = pack.level(layer).parts
+            for number, part in enumerate(parts):
+                cells = sum((b - a) * (b - a + d - c) for a, b, c, d in part.spans)
+                rectangles += cells * (3 if backward and layer >= 1 and number == len(parts) - 1 else 1)
+    attention = 4 * spec.head_dim * spec.num_heads * rectangles
+    assert sum(counts.values()) == want.linears + want.adapters + want.head + attention
+
+
+@pytest.mark.parametrize("prefix, completion, completion_scope, sequence_scope, half_completion, half_sequence", [
+    (256, 32, 7.5, 4.5, 11, 7.5), (4096, 1024, 4.6, 3.3, 7.1, 5.6), (16384, 1024, 12, 5.7, 17, 9.4),
+    (1024, 8192, 1.1, 1.1, 1.9, 1.9)])
+def test_linears_alone_give_the_known_gains(prefix, completion, completion_scope, sequence_scope, half_completion,
+                                            half_sequence):
+    """The table that motivates sharing: linears only, states kept between scoring and update, against a naive
+    update that differentiates every layer."""
+    shape = UpdateShape(prefix, completion, group=8, experts=3, header=1)
+    for scope, first_layer, gain in (("completion", 0, completion_scope), ("sequence", 0, sequence_scope),
+                                     ("completion", 18, half_completion), ("sequence", 18, half_sequence)):
+        naive = update_flops("naive", shape, QWEN3_4B, AdapterConfig(scope=scope))
+        shared = update_flops("shared", shape, QWEN3_4B, AdapterConfig(scope=scope, first_layer=first_layer),
+                              stored=True)
+        assert naive.linears / shared.linears == pytest.approx(gain, rel=0.05)
+
+
+def test_sharing_gains_most_for_long_prompts_and_little_for_long_completions():
+    adapter = AdapterConfig(scope="completion")
+    ratio = {}
+    for prefix, completion in ((16384, 1024), (4096, 1024), (1024, 1024), (1024, 8192)):
+        shape = UpdateShape(prefix, completion)
+        costs = [update_flops(way, shape, QWEN3_4B, adapter).total for way in WAYS]
+        assert costs[0] > costs[1] >= costs[2]
+        ratio[prefix, completion] = costs[0] / costs[2]
+    assert sorted(ratio.values(), reverse=True) == list(ratio.values())
+    assert 1 < ratio[1024, 8192] < 1.2
