@@ -19,7 +19,7 @@ from copd_megatron.metrics.timers import Timers
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.report.build import build_report
 from copd_megatron.trainer.batching import Sample
-from copd_megatron.trainer.evaluate import BASE, Evaluator, evaluation_rows
+from copd_megatron.trainer.evaluate import BASE, Answers, Evaluator, evaluation_rows
 from copd_megatron.trainer.merge import MERGED, all_policies
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class Milestones:
         self.config, self.run_dir, self.groups, self.state = config, run_dir, groups, state
         self.evaluator, self.checkpoints = evaluator, checkpoints
         self.recorder, self.rollouts, self.progress, self.timers = recorder, rollouts, progress, timers
-        self._base: dict[int, dict] = {}
+        self._base: dict[int, dict[str, Answers]] = {}
+        self._answers: dict[str, dict[str, Answers]] = {}
         self._started = time.time()
         self._saved_at = state.step
 
@@ -96,10 +97,10 @@ class Milestones:
         settings, experts = self.config.evaluation, list(self.config.experts)
         with self.timers("evaluation"):
             if prompts not in self._base:
-                base = self.evaluator.evaluate([None], experts, prompts)
-                self._base[prompts] = evaluation_rows(base)[BASE]
+                self._base[prompts] = self.evaluator.evaluate([None], experts, prompts)[BASE]
             with self._all_policies() as policies:
-                rows = {BASE: self._base[prompts], **evaluation_rows(self.evaluator.evaluate(policies, experts, prompts))}
+                self._answers = {BASE: self._base[prompts], **self.evaluator.evaluate(policies, experts, prompts)}
+        rows = evaluation_rows(self._answers)
         mode = "greedy" if settings.greedy else "sampled"
         self.recorder.log_evaluation(trainer.step, rows, mode, settings.samples)
         self.progress.evaluation({"step": trainer.step, "policies": rows, "mode": mode, "samples": settings.samples})
@@ -131,6 +132,10 @@ class Milestones:
                    "train_s": round(self.state.train_s + time.time() - self._started, 3), "seed": self.config.seed,
                    "mode": "greedy" if settings.greedy else f"sampled, {settings.samples} per prompt",
                    "steps": self.state.step}
+        # Per prompt, so that runs and policies can be compared pairwise.
+        correct = {p: {d: [round(sum(c) / len(c), 6) for c in a.correct] for d, a in by_domain.items()}
+                   for p, by_domain in self._answers.items()}
+        replace_file(self.run_dir / "held_out.json", json.dumps(correct).encode())
         replace_file(self.run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         self.progress.close()
         print(policy_table_text(summary), flush=True)
