@@ -21,6 +21,7 @@ Norms, rotary angles, the embedding and padding are left out.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -119,8 +120,8 @@ def pass_streams(shape: UpdateShape, adapter: AdapterConfig, experts: int, shari
         own = Stream(experts * trunk + lanes * leaf, experts * _causal(trunk) + lanes * leaf_pairs,
                      experts * trunk + lanes * leaf)
         return PassStreams(below, Stream(), own, scored)
-    return PassStreams(below, Stream(trunk, _causal(trunk)), Stream(lanes * leaf, lanes * leaf_pairs, lanes * leaf),
-                       scored)
+    leaves = Stream(lanes * leaf, lanes * leaf_pairs, lanes * leaf)
+    return PassStreams(below, Stream(trunk, _causal(trunk)), leaves, scored)
 
 
 def pass_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams, backward: bool,
@@ -171,8 +172,12 @@ def _shape(spec: BackboneSpec, projection: str) -> tuple[int, int]:
             "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}[projection]
 
 
+def _weights(spec: BackboneSpec, linears: Sequence[tuple[str, ...]]) -> int:
+    return sum(out * inp for linear in linears for out, inp in (_shape(spec, p) for p in linear))
+
+
 def _layer_forward(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream) -> Flops:
-    weights = sum(out * inp for linear in LINEARS for out, inp in (_shape(spec, p) for p in linear))
+    weights = _weights(spec, LINEARS)
     widths = sum(sum(_shape(spec, p)) for p in adapter.targets)
     return Flops(2.0 * stream.tokens * weights, 2.0 * stream.adapted * adapter.rank * widths,
                  4.0 * spec.head_dim * spec.num_heads * stream.pairs)
@@ -181,7 +186,7 @@ def _layer_forward(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream) -
 def _undifferentiated(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream) -> Flops:
     """What the backward of the first adapted layer leaves out, up to the first linear with an adapter."""
     first = next(i for i, linear in enumerate(LINEARS) if set(linear) & set(adapter.targets))
-    weights = sum(out * inp for linear in LINEARS[:first + 1] for out, inp in (_shape(spec, p) for p in linear))
+    weights = _weights(spec, LINEARS[:first + 1])
     inputs = sum(_shape(spec, p)[1] for p in LINEARS[first] if p in adapter.targets)
     attention = 2.5 * _layer_forward(spec, adapter, stream).attention if first > 0 else 0.0
     return Flops(2.0 * stream.tokens * weights, 2.0 * stream.adapted * adapter.rank * inputs, attention)
