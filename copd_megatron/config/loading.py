@@ -75,6 +75,9 @@ def load_recipe(path: str | Path) -> RunConfig:
         raise UserError(
             f"recipe: {path}: {FUNCTION}() returned {type(config).__name__}; it must return a RunConfig"
         )
+    conflict = config.conflict()  # once more: a recipe may have changed a section of a finished run
+    if conflict:
+        raise UserError(conflict)
     return _with_absolute_paths(config, file.parent)
 
 

@@ -25,7 +25,7 @@ class RlvrConfig(Section):
     """seq_mean: mean over tokens, then over sequences (the paper); token_mean: over all tokens;
     constant: sum / max_completion_tokens, then mean over sequences (Dr.GRPO)."""
     minibatches_per_rollout: int = Field(1, ge=1)
-    """Updates per rollout batch and epoch."""
+    """Updates per rollout batch and epoch; whole groups, so at most ``rollout.prompts_per_step``."""
     epochs: int = Field(1, ge=1)
     """Passes over each rollout batch."""
     kl_coef: float = Field(0.0, ge=0)
@@ -41,7 +41,8 @@ class RlvrConfig(Section):
     dynamic_sampling_max_rounds: int = Field(3, ge=1)
     """Rounds of resampling before the batch goes on as it is."""
     overlong_buffer_tokens: int = Field(0, ge=0)
-    """DAPO's soft overlong punishment starts this many tokens before the cut; 0: off."""
+    """DAPO's soft overlong punishment starts this many tokens before the cut, ``rollout.max_completion_tokens``;
+    0: off."""
     overlong_penalty: float = Field(1.0, ge=0)
     """Punishment at the cut."""
     importance_correction: Literal["none", "truncated", "masked"] = "none"
@@ -59,7 +60,7 @@ class OpdConfig(Section):
     beta: float = 1.0
     """Weight of the distillation signal."""
     topk: int = Field(64, ge=1)
-    """k of signal topk."""
+    """k of signal topk; the whole vocabulary if that is smaller."""
     divergence: Literal["reverse", "forward", "jsd"] = "reverse"
     """reverse: KL(student || teacher); forward: KL(teacher || student); jsd: generalised Jensen-Shannon."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)
@@ -67,6 +68,8 @@ class OpdConfig(Section):
     delta_guard: float | None = Field(None, gt=0)
     """Drop tokens with |delta| at or above this; None: keep all (the paper)."""
     cross_ratio: float = Field(1.0, gt=0)
-    """Cross tokens per native token, over all edges of a student together."""
+    """Cross completions per native completion of a student, over all its edges together (at most all
+    prompts of a teacher's batch per edge). Native and cross completions are one batch to ``rlvr.reduction``:
+    with 1.0 and ``seq_mean`` both halves weigh the same."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Rounding of the signal, applied on every path, co-hosted ones too."""

@@ -13,8 +13,8 @@ class RolloutConfig(Section):
     """``megatron`` decodes on the training shards themselves."""
     prompts_per_step: int = Field(256, ge=1)
     """Prompts per expert and step (native batch)."""
-    group_size: int = Field(8, ge=1)
-    """Completions per prompt, G."""
+    group_size: int = Field(8, ge=2)
+    """Completions per prompt, G: their rewards are compared with each other."""
     temperature: float = Field(1.0, gt=0)
     """Sampling and training temperature."""
     top_p: float = Field(1.0, gt=0, le=1)

@@ -1,4 +1,6 @@
 """The whole run: what a recipe returns."""
+import re
+from collections.abc import Iterator
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -13,6 +15,11 @@ from copd_megatron.config.rollout import RolloutConfig
 from copd_megatron.config.section import Section
 from copd_megatron.config.tasks import ExpertConfig
 from copd_megatron.config.trainer import EvaluationConfig, MergeConfig, OptimizerConfig, ScheduleConfig
+
+EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+RESERVED_NAMES = frozenset({"base", "merged", "kl_reference",
+                            "edge", "pair", "time", "tokens", "memory", "eval", "record"})
+"""Other policies, and first words of metrics that are not an expert's."""
 
 
 class RunConfig(Section):
@@ -38,14 +45,46 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        if not self.experts:
-            raise ValueError("experts: empty; name at least one expert")
-        if self.rollout.top_p != 1.0:
-            raise ValueError(f"rollout.top_p: {self.rollout.top_p}; training requires 1.0")
-        if self.evaluation.greedy and self.evaluation.samples != 1:
-            raise ValueError("evaluation.samples: more than 1 greedy sample is always the same; "
-                             "set evaluation.greedy=false")
-        hub = self.exchange.hub
-        if hub is not None and hub not in self.experts:
-            raise ValueError(f"exchange.hub: {hub!r} is no expert; experts are {sorted(self.experts)}")
+        conflict = self.conflict()
+        if conflict:
+            raise ValueError(conflict)
         return self
+
+    def conflict(self) -> str | None:
+        """The first thing in which sections do not fit together, as an error says it; None if all fit.
+
+        Files and folders are not looked at: their paths may be relative to the recipe still.
+        """
+        return next((text for bad, text in (*self._expert_rules(), *self._training_rules()) if bad), None)
+
+    def _expert_rules(self) -> Iterator[tuple[bool, str]]:
+        """(broken?, what to say) of the experts and who exchanges with whom."""
+        yield not self.experts, "experts: empty; name at least one expert"
+        for name in self.experts:
+            yield (not EXPERT_NAME.fullmatch(name), f"experts: {name!r}; a name has letters, digits, _ and -, as it "
+                   "becomes part of metric and folder names; rename it")
+            yield name in RESERVED_NAMES, (f"experts: {name!r} means something else in metrics and run folders "
+                                           f"({', '.join(sorted(RESERVED_NAMES))} do); rename it")
+        hub = self.exchange.hub
+        yield (hub is not None and hub not in self.experts,
+               f"exchange.hub: {hub!r} is no expert; experts are {sorted(self.experts)}")
+
+    def _training_rules(self) -> Iterator[tuple[bool, str]]:
+        """(broken?, what to say) of sampling, losses, schedule and evaluation."""
+        rollout, rlvr, schedule = self.rollout, self.rlvr, self.schedule
+        yield rollout.top_p != 1.0, (
+            f"rollout.top_p: {rollout.top_p}; training requires 1.0, as log-probs must be those of the distribution "
+            "sampled from; remove it")
+        yield rlvr.dual_clip is not None and rlvr.loss == "cispo", (
+            f"rlvr.dual_clip: {rlvr.dual_clip} with rlvr.loss=cispo, whose weight is bounded already; clip and gspo "
+            "know it; set rlvr.dual_clip=None")
+        yield rlvr.overlong_buffer_tokens > rollout.max_completion_tokens, (
+            f"rlvr.overlong_buffer_tokens: {rlvr.overlong_buffer_tokens}; at most rollout.max_completion_tokens, "
+            f"{rollout.max_completion_tokens}; lower it")
+        yield rlvr.minibatches_per_rollout > rollout.prompts_per_step, (
+            f"rlvr.minibatches_per_rollout: {rlvr.minibatches_per_rollout}; at most rollout.prompts_per_step, "
+            f"{rollout.prompts_per_step}, as a minibatch is made of whole groups; lower it")
+        yield schedule.rl_steps + schedule.opd_steps == 0, (
+            "schedule.rl_steps and schedule.opd_steps: both are 0; a cycle has at least one step; raise one")
+        yield self.evaluation.greedy and self.evaluation.samples != 1, (
+            "evaluation.samples: more than 1 greedy sample is always the same; set evaluation.greedy=false")

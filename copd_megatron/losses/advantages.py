@@ -70,7 +70,7 @@ def overlong_penalty(lengths: Tensor, max_tokens: int, buffer: int, penalty: flo
     return -penalty * (excess / buffer).clamp(0, 1)
 
 
-def distillation_advantages(teacher_logprobs_T: Tensor, student_logprobs_T: Tensor, beta: float,
+def distillation_advantages(teacher_logprobs_T: Tensor, student_logprobs_T: Tensor, beta: float | Tensor,
                             delta_guard: float | None = None) -> tuple[Tensor, Tensor]:
     """Advantages of sampled on-policy distillation, beta * delta with delta = teacher - student.
 

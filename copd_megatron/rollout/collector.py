@@ -5,7 +5,7 @@ Grading runs on one rank of a replica and is broadcast: a reward function may be
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from copd_megatron.model.prompt import PromptEncoder
 from copd_megatron.parallel.collectives import broadcast_object
@@ -27,15 +27,15 @@ class Collector:
         self.engine, self.encoder, self.tasks, self.scorers = engine, encoder, tasks, scorers
         self.visual, self.groups = visual, groups
 
-    def collect(self, requests: Sequence[Request], graded: Callable[[Request], bool] = lambda r: True,
-                ) -> list[list[Completion]]:
-        """One group of completions per request, in order, with text, and with reward where ``graded``."""
+    def collect(self, requests: Sequence[Request], graded: int | None = None) -> list[list[Completion]]:
+        """One group of completions per request, in order, with text; the first ``graded`` groups (None: all)
+        with reward."""
         groups = self.engine.generate(requests, self.visual)
         self._continue_episodes(requests, groups)
         for group in groups:
             for completion in group:
                 completion.text = self.encoder.decode(completion.token_ids)
-        self._grade([c for r, group in zip(requests, groups) if graded(r) for c in group])
+        self._grade([completion for group in groups[:graded] for completion in group])
         return groups
 
     def _continue_episodes(self, requests: Sequence[Request], groups: list[list[Completion]]) -> None:
@@ -51,7 +51,8 @@ class Collector:
                         again.append((turn, group, place))
             if not again:
                 return
-            for (_, group, place), (longer,) in zip(again, self.engine.generate([r for r, _, _ in again], self.visual)):
+            answers = self.engine.generate([request for request, _, _ in again], self.visual)
+            for (_, group, place), (longer,) in zip(again, answers):
                 group[place] = longer
 
     def _environment_turn(self, request: Request, completion: Completion) -> Request | None:
@@ -67,7 +68,8 @@ class Collector:
         if used >= request.params.max_tokens:
             return None
         params = dataclasses.replace(request.params, max_tokens=request.params.max_tokens - used)
-        return dataclasses.replace(request, samples=1, sample_offset=completion.sample, prior=segments, params=params)
+        return dataclasses.replace(request, samples=1, sample_offset=completion.sample, prior=segments,
+                                   params=params)
 
     def _grade(self, completions: Sequence[Completion]) -> None:
         grades = None

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
 
 from copd_megatron.exchange.payload import Signal
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, PackRules, pack_tokens
+from copd_megatron.rollout.engine import Request
 from copd_megatron.types import Completion, Edge
 
 
@@ -47,6 +49,35 @@ class Sample:
         """Whether the reward, not a teacher, drives it."""
         return self.edge is None
 
+    @property
+    def length(self) -> int:
+        """R, completion tokens."""
+        return len(self.loss_mask)
+
+    @cached_property
+    def loss_mask(self) -> np.ndarray:
+        """[R] bool: True where the policy sampled the token."""
+        return np.array(self.completion.loss_mask, bool)
+
+    @cached_property
+    def engine_logprobs(self) -> np.ndarray:
+        """[R] float64 of the engine at the training temperature; 0 at the environment's tokens."""
+        return np.array(self.completion.logprobs, np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A rollout request and what its completions are for; becomes one sample per completion."""
+
+    request: Request
+    slot: int
+    slots: int
+    edge: Edge | None = None
+
+    def sample(self, completion: Completion, advantage: float = 0.0) -> Sample:
+        """What the expert that was asked learns from one completion."""
+        return Sample(completion, self.request.expert, self.edge, advantage, slot=self.slot, slots=self.slots)
+
 
 @dataclass(frozen=True, eq=False)
 class Lane:
@@ -64,37 +95,47 @@ class Microbatch:
     lanes: tuple[Lane, ...]
 
 
-def make_microbatches(lanes: Sequence[Lane], rules: PackRules, budget: int) -> list[Microbatch]:
+def make_microbatches(lanes: Sequence[Lane], rules: PackRules, budget: int,
+                      whole_samples: bool = False) -> list[Microbatch]:
     """Sort lanes into microbatches of at most ``budget`` tokens.
 
     Lanes of one prompt stay together; a group that alone exceeds the budget is split over its lanes
-    and its prompt is evaluated again in each part. A single lane over the budget passes alone.
+    and its prompt is evaluated again in each part. What cannot be split passes alone, over the budget.
+
+    Args:
+        whole_samples: never part the lanes of one sample, so that its policies can be compared.
     """
-    by_prompt: dict[str, list[Lane]] = {}
+    by_prompt: dict[str, dict[object, list[Lane]]] = {}
     for lane in lanes:
-        by_prompt.setdefault(lane.sample.completion.prompt.key, []).append(lane)
-    batches: list[list[list[Lane]]] = []
+        # By content, not by name: two tasks may call different questions by the same key.
+        units = by_prompt.setdefault(lane.sample.completion.prompt.content_hash, {})
+        units.setdefault(lane.sample if whole_samples else lane, []).append(lane)
+    batches: list[list[LeafGroup]] = []
+    order: list[list[Lane]] = []
     filled = budget + 1
-    for group in by_prompt.values():
-        for part in _split(group, rules, budget):
-            size = pack_tokens([_leaf_group(part)], rules)
+    for units in by_prompt.values():
+        for part in _split(list(units.values()), rules, budget):
+            group = _leaf_group(part)
+            size = pack_tokens([group], rules)
             if filled + size > budget:
                 batches.append([])
+                order.append([])
                 filled = 0
-            batches[-1].append(part)
+            batches[-1].append(group)
+            order[-1] += [lane for unit in part for lane in unit]
             filled += size
-    return [Microbatch(tuple(_leaf_group(g) for g in batch), tuple(lane for g in batch for lane in g))
-            for batch in batches]
+    return [Microbatch(tuple(groups), tuple(own)) for groups, own in zip(batches, order)]
 
 
-def _leaf_group(lanes: Sequence[Lane]) -> LeafGroup:
+def _leaf_group(units: Sequence[Sequence[Lane]]) -> LeafGroup:
+    lanes = [lane for unit in units for lane in unit]
     return LeafGroup(lanes[0].sample.completion.prompt,
                      [Leaf(lane.policy, lane.sample.completion.token_ids) for lane in lanes])
 
 
-def _split(group: list[Lane], rules: PackRules, budget: int) -> list[list[Lane]]:
-    """Halve a group until each part fits, or has one lane."""
-    if len(group) == 1 or pack_tokens([_leaf_group(group)], rules) <= budget:
-        return [group]
-    middle = len(group) // 2
-    return _split(group[:middle], rules, budget) + _split(group[middle:], rules, budget)
+def _split(units: list[list[Lane]], rules: PackRules, budget: int) -> list[list[list[Lane]]]:
+    """Halve a group of units until each part fits, or has one."""
+    if len(units) == 1 or pack_tokens([_leaf_group(units)], rules) <= budget:
+        return [units]
+    middle = len(units) // 2
+    return _split(units[:middle], rules, budget) + _split(units[middle:], rules, budget)

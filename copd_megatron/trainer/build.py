@@ -1,11 +1,10 @@
-"""The composition root: a config becomes a trainer. Values travel up through here; rooms do not meet elsewhere."""
+"""The composition root: a config becomes a trainer. Values travel up through here; folders meet nowhere else."""
 from __future__ import annotations
 
-import logging
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,7 +31,7 @@ from copd_megatron.rollout.megatron_engine import MegatronEngine
 from copd_megatron.tasks.base import Task
 from copd_megatron.tasks.loading import build_task
 from copd_megatron.tasks.rewards import Scorer
-from copd_megatron.trainer.evaluate import Evaluator
+from copd_megatron.trainer.evaluator import Evaluator
 from copd_megatron.trainer.forward import Runner
 from copd_megatron.trainer.learner import Learner
 from copd_megatron.trainer.milestones import Milestones
@@ -43,8 +42,6 @@ from copd_megatron.trainer.rlvr_phase import NativeBatch
 from copd_megatron.trainer.scoring import REFERENCE, Scoring
 from copd_megatron.trainer.trainer import Trainer
 from copd_megatron.types import Prompt
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +55,11 @@ class Policies:
     tasks: dict[str, Task]
     source: PromptSource
     collector: Collector
+
+    def evaluator(self, config: RunConfig) -> Evaluator:
+        """Asks held-out questions as ``config.evaluation`` says."""
+        return Evaluator(self.collector, self.source, self.groups, config.evaluation,
+                         config.rollout.max_completion_tokens, self.encoder.stop_token_ids)
 
 
 def build_policies(config: RunConfig) -> Policies:
@@ -102,46 +104,47 @@ def _visual_features(config: RunConfig, backbone: Backbone) -> Callable[[Sequenc
 
 def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Trainer:
     """Everything of a run, ready for ``run()``; with ``resume`` from its newest complete save."""
-    policies = build_policies(config)
-    groups, runner, bank = policies.groups, policies.runner, policies.backbone.bank
     schedule = Schedule.build(config.schedule, config.exchange, config.opd, list(config.experts), resolve_object)
-    optimizers = {e: ExpertOptimizer(e, bank, groups, config.optimizer) for e in groups.hosted}
-    state = RunState(bank=bank, optimizers=optimizers, config_json=to_json(config))
-    checkpoints = CheckpointManager(run_dir, config.checkpoint, groups, Path(config.model.path), policies.encoder)
+    policies = build_policies(config)
+    groups, runner = policies.groups, policies.runner
+    state, checkpoints = run_state(config, run_dir, policies)
     if resume:
         checkpoints.load_latest(state)
-    first = state.step if resume else None
     params = sampling_params(config.rollout, policies.encoder)
     native = NativeBatch(policies.source, groups, config.rollout, config.rlvr, params)
     cross = CrossBatch(policies.source, groups, config.rollout, config.opd, native, params)
     budget = config.optimizer.microbatch_tokens
     scoring = Scoring(runner, groups, cross, config.rlvr, config.opd, config.rollout, budget)
-    learner = Learner(runner, groups, optimizers, config.rlvr, config.opd, config.rollout, budget)
-    milestones = _milestones(config, run_dir, policies, state, checkpoints, schedule.total_steps, first)
-    return Trainer(config, groups, runner, policies.collector, native, cross, scoring, learner, schedule, milestones,
-                   milestones.timers, state.step)
+    learner = Learner(runner, groups, state.optimizers, config.rlvr, config.opd, config.rollout, budget)
+    milestones = _milestones(config, run_dir, policies, state, checkpoints, schedule.total_steps, resume)
+    return Trainer(config, groups, runner, policies.collector, native, cross, scoring, learner, schedule,
+                   milestones, milestones.timers, state.step)
+
+
+def run_state(config: RunConfig, run_dir: Path, policies: Policies) -> tuple[RunState, CheckpointManager]:
+    """The state of a run that has not begun, and what saves and loads it."""
+    bank, groups = policies.backbone.bank, policies.groups
+    optimizers = {e: ExpertOptimizer(e, bank, groups, config.optimizer) for e in groups.hosted}
+    state = RunState(bank=bank, optimizers=optimizers, config_json=to_json(config))
+    return state, CheckpointManager(run_dir, config.checkpoint, groups, Path(config.model.path), policies.encoder)
 
 
 def _milestones(config: RunConfig, run_dir: Path, policies: Policies, state: RunState,
-                checkpoints: CheckpointManager, total_steps: int, first: int | None) -> Milestones:
+                checkpoints: CheckpointManager, total_steps: int, resumed: bool) -> Milestones:
     groups, encoder = policies.groups, policies.encoder
+    first = state.step if resumed else None
     if groups.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
         replace_file(run_dir / "config.json", state.config_json.encode())
+    recorder = Recorder(run_dir, config.metrics, first, writes=groups.is_main,
+                        run_config=json.loads(state.config_json))
+    rollouts = None
+    if groups.is_last_stage and groups.coords.tp == 0:
+        rollouts = RolloutWriter(run_dir, lambda ids: encoder.decode(ids, skip_special_tokens=False),
+                                 enabled=config.metrics.rollouts, resume_step=first, shard=groups.coords.replica,
+                                 shards=groups.layout.replicas, on_failure=recorder.count_failure)
     progress = make_progress(config.metrics.progress if groups.is_main else "off", experts=list(config.experts),
                              total_steps=total_steps, first_step=state.step)
     timers = Timers(torch.cuda.synchronize if torch.cuda.is_available() else None, progress.phase)
-    recorder = Recorder(run_dir, config.metrics, first, writes=groups.is_main, run_config=_plain(state.config_json))
-    speaks = groups.is_last_stage and groups.coords.tp == 0
-    rollouts = RolloutWriter(run_dir, lambda ids: encoder.decode(ids, skip_special_tokens=False),
-                             enabled=config.metrics.rollouts, resume_step=first, shard=groups.coords.replica,
-                             shards=groups.layout.replicas, on_failure=recorder.count_failure) if speaks else None
-    evaluator = Evaluator(policies.collector, policies.source, groups, config.evaluation,
-                          config.rollout.max_completion_tokens, encoder.stop_token_ids)
-    return Milestones(config, run_dir, groups, state, evaluator, checkpoints, recorder, rollouts, progress, timers)
-
-
-def _plain(config_json: str) -> dict[str, Any]:
-    import json
-
-    return json.loads(config_json)
+    return Milestones(config, run_dir, groups, state, policies.evaluator(config), checkpoints, recorder, rollouts,
+                      progress, timers, total_steps, resumed)

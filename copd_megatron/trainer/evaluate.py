@@ -1,98 +1,37 @@
-"""Held-out accuracy of the backbone, every expert and the merged policy on every domain.
-
-All replicas hold all policies for the time of an evaluation and share out the prompts, so that a prompt's
-prefix serves every policy where the scope allows it. Noise is keyed, so results do not depend on the layout.
-"""
+"""``copd eval``: the policies of a finished or running run, or a recipe's backbone, on held-out prompts."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from copd_megatron.config.trainer import EvaluationConfig
-from copd_megatron.metrics.accuracy import wilson
-from copd_megatron.parallel.collectives import all_gather_objects
-from copd_megatron.parallel.groups import Groups
-from copd_megatron.parallel.placement import split_evenly
-from copd_megatron.parallel.seeding import stable_hash
-from copd_megatron.rollout.collector import Collector
-from copd_megatron.rollout.engine import Request, SamplingParams
-from copd_megatron.trainer.prompts import PromptSource
-
-BASE = "base"
-"""Name of the backbone among policies."""
-ACCURACY = "accuracy"
+from copd_megatron.config.run import RunConfig
+from copd_megatron.trainer.build import build_policies, run_state
+from copd_megatron.trainer.evaluator import BASE, evaluation_rows, mode_of
+from copd_megatron.trainer.merge import all_policies
 
 
-@dataclass
-class Answers:
-    """Correctness of one policy on one domain."""
+def evaluate_run(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
+    """Evaluate the newest save of a run: backbone, every expert, merged; without a run the backbone alone.
 
-    correct: list[list[float]] = field(default_factory=list)
-    """[prompts][samples] accuracy part of the reward."""
-    parseable: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    Asks ``evaluation.final_prompts`` per domain. Every rank calls it and gets the same.
 
-    def row(self) -> dict[str, float]:
-        """avg@k, pass@k, 95 % Wilson interval of avg, share of parseable answers, mean length, prompts."""
-        scores = np.asarray(self.correct, np.float64)
-        average = float(scores.mean())
-        low, high = wilson(average, scores.size)
-        return {"avg": average, "pass": float((scores >= 1).any(1).mean()), "n": len(scores), "low": low, "high": high,
-                "parseable": float(np.mean(self.parseable)), "length": float(np.mean(self.lengths))}
+    Returns:
+        {"step", "mode", "samples", "policies": policy -> domain -> row} as a line of evaluations.jsonl.
 
-
-class Evaluator:
-    """Evaluates policies that the bank holds on every replica (see ``merge.all_policies``)."""
-
-    def __init__(self, collector: Collector, source: PromptSource, groups: Groups, config: EvaluationConfig,
-                 max_tokens: int, stop_token_ids: Sequence[int]):
-        self.collector, self.source, self.groups, self.config = collector, source, groups, config
-        self.params = SamplingParams(temperature=config.temperature, top_p=config.top_p, greedy=config.greedy,
-                                     max_tokens=max_tokens, stop_token_ids=tuple(stop_token_ids))
-
-    def evaluate(self, policies: Sequence[str | None], domains: Sequence[str], prompts: int,
-                 ) -> dict[str, dict[str, Answers]]:
-        """policy -> domain -> answers on the first ``prompts`` held-out prompts; equal on every rank.
-
-        None among ``policies`` is the backbone, reported as "base".
-        """
-        return {(p or BASE): {d: table[p, d] for d in domains}
-                for table in [self._table(policies, domains, prompts)] for p in policies}
-
-    def _table(self, policies, domains, prompts) -> Mapping[tuple[str | None, str], Answers]:
-        replica, replicas = self.groups.coords.replica, self.groups.layout.replicas
-        requests = []
-        for domain in domains:
-            held_out = self.source.held_out(domain, prompts)
-            for i in split_evenly(len(held_out), replicas)[replica]:
-                # All policies on one prompt side by side: they share what the adapter scope lets them share.
-                requests += [Request(held_out[i], policy, self.config.samples, self.params,
-                                     (stable_hash("held_out"),)) for policy in policies]
-        groups = self.collector.collect(requests)
-        mine = [(r.expert, r.prompt.domain, [c.reward_parts.get(ACCURACY, c.reward) for c in group],
-                 [float(c.extracted is not None) for c in group], [len(c.token_ids) for c in group])
-                for r, group in zip(requests, groups)]
-        table = {(p, d): Answers() for p in policies for d in domains}
-        for part in all_gather_objects(mine, self.groups.exchange) if replicas > 1 else [mine]:
-            for policy, domain, correct, parseable, lengths in part:
-                answers = table[policy, domain]
-                answers.correct.append(correct)
-                answers.parseable += parseable
-                answers.lengths += lengths
-        return table
-
-
-def evaluation_rows(results: Mapping[str, Mapping[str, Answers]]) -> dict[str, dict[str, dict[str, float]]]:
-    """policy -> domain -> row, as evaluations.jsonl and the tables hold it."""
-    return {policy: {domain: answers.row() for domain, answers in by_domain.items()}
-            for policy, by_domain in results.items()}
-
-
-def paired_bootstrap(after: Answers, before: Answers, seed: int = 0, rounds: int = 2000) -> tuple[float, float, float]:
-    """Mean gain of ``after`` over ``before`` on the same prompts with its 95 % interval (Efron 1979)."""
-    gain = np.asarray(after.correct).mean(1) - np.asarray(before.correct).mean(1)
-    rng = np.random.default_rng(seed)
-    means = gain[rng.integers(0, len(gain), (rounds, len(gain)))].mean(1)
-    return float(gain.mean()), *(float(x) for x in np.quantile(means, [0.025, 0.975]))
+    Raises:
+        UserError: what ``build_policies`` refuses, or the run has no complete save that fits ``config``.
+    """
+    policies = build_policies(config)
+    evaluator, experts = policies.evaluator(config), list(config.experts)
+    prompts, step = config.evaluation.final_prompts, 0
+    if run_dir is not None:
+        state, checkpoints = run_state(config, run_dir, policies)
+        checkpoints.load_latest(state)
+        step = state.step
+    base = evaluator.evaluate([None], experts, prompts)[BASE]
+    rows = {BASE: {domain: answers.row() for domain, answers in base.items()}}
+    if run_dir is not None:
+        with all_policies(policies.backbone.bank, policies.groups, experts, config.merge) as names:
+            rows |= evaluation_rows(evaluator.evaluate(names, experts, prompts), base)
+    return {"step": step, "mode": mode_of(config.evaluation), "samples": config.evaluation.samples,
+            "policies": rows}

@@ -29,7 +29,14 @@ class Runner:
 
     def __init__(self, backbone: Backbone, groups: Groups, visual: Callable[[Sequence[Prompt]], Visual | None]):
         self.backbone, self.groups, self.visual = backbone, groups, visual
-        self.tokens, self.naive_tokens = 0, 0
+        self._tokens, self._naive_tokens = 0, 0
+
+    def work(self, part: str) -> dict[str, tuple[float, float]]:
+        """(sum, weight) of what was computed since the last call: ``tokens/{part}`` and the share that prefix
+        sharing saved."""
+        tokens, naive = float(self._tokens), float(self._naive_tokens)
+        self._tokens = self._naive_tokens = 0
+        return {f"tokens/{part}": (tokens, 0.0), "tokens/saved_share": (naive - tokens, naive)}
 
     def score(self, microbatches: Sequence[Microbatch], at_end: AtEnd) -> list[Any]:
         """Forward only. Returns what ``at_end`` returned per microbatch on the last stage, [] elsewhere."""
@@ -47,8 +54,8 @@ class Runner:
         def forward_step(iterator, model):
             batch = next(iterator)
             pack = build_pack(batch.groups, model.rules, device())
-            self.tokens += pack.upper.tokens
-            self.naive_tokens += pack.naive_tokens
+            self._tokens += pack.upper.tokens
+            self._naive_tokens += pack.naive_tokens
             out = model(pack, self.visual(pack.prompts))
 
             def loss_of(hidden):

@@ -5,8 +5,9 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
 
 from copd_megatron.checkpoint.manager import CheckpointManager, RunState
 from copd_megatron.config.run import RunConfig
@@ -19,46 +20,59 @@ from copd_megatron.metrics.timers import Timers
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.report.build import build_report
 from copd_megatron.trainer.batching import Sample
-from copd_megatron.trainer.evaluate import BASE, Answers, Evaluator, evaluation_rows
+from copd_megatron.trainer.evaluator import BASE, Answers, Evaluator, evaluation_rows, mode_of
 from copd_megatron.trainer.merge import MERGED, all_policies
-
-if TYPE_CHECKING:
-    from copd_megatron.trainer.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+Rows = dict[str, dict[str, dict[str, float]]]
+"""policy -> domain -> row of an evaluation."""
+COUNTED = ("score", "update")
+"""Phases whose tokens the loop counts as metrics ``tokens/{phase}``, to become tokens per second."""
+
 
 class Milestones:
-    """Everything the loop does besides training; only the main rank writes."""
+    """Everything the loop does besides training; only the main rank writes. A context manager: closes its files."""
 
     def __init__(self, config: RunConfig, run_dir: Path, groups: Groups, state: RunState, evaluator: Evaluator,
                  checkpoints: CheckpointManager, recorder: Recorder, rollouts: RolloutWriter | None,
-                 progress: Progress, timers: Timers):
+                 progress: Progress, timers: Timers, total_steps: int, resumed: bool):
         self.config, self.run_dir, self.groups, self.state = config, run_dir, groups, state
         self.evaluator, self.checkpoints = evaluator, checkpoints
         self.recorder, self.rollouts, self.progress, self.timers = recorder, rollouts, progress, timers
+        self.total_steps = total_steps
         self._base: dict[int, dict[str, Answers]] = {}
-        self._answers: dict[str, dict[str, Answers]] = {}
-        self._started = time.time()
-        self._saved_at = state.step
+        self._saved_at = state.step if resumed else None
+        self._resumed = resumed
 
-    def before(self, trainer: Trainer) -> None:
+    def __enter__(self) -> Milestones:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self.progress.close()
+        self.recorder.__exit__(kind, error, trace)
+
+    def before(self) -> None:
         """The evaluation before the first step, if evaluations are on."""
         self.timers.collect()
-        if self.config.evaluation.every and trainer.step == 0:
-            self._evaluate(trainer, self.config.evaluation.prompts)
+        if self.config.evaluation.every and self.state.step == 0 and not self._resumed:
+            self._evaluate(self.config.evaluation.prompts)
 
-    def after_step(self, trainer: Trainer, phase: str, metrics: Mapping[str, float]) -> None:
-        """Record the step; evaluate and save when it is time."""
-        self.state.step = trainer.step
-        self.timers.add_tokens("rollout", int(metrics.get("tokens/step", 0)))
+    def after_step(self, step: int, phase: str, metrics: dict[str, float]) -> None:
+        """Record the ``step``-th step (counted from 1); evaluate and save when it is time."""
+        self.state.step = step
+        self.timers.add_tokens("rollout", int(metrics["tokens/step"]))
+        for part in COUNTED:
+            self.timers.add_tokens(part, int(metrics.pop(f"tokens/{part}")))
         values = {**metrics, **self.timers.collect()}
-        self.recorder.log(trainer.step, phase, values)
-        self.progress.step(trainer.step, phase, values)
-        last = trainer.step == trainer.schedule.total_steps
-        if _due(trainer.step, self.config.evaluation.every) and not last:
-            self._evaluate(trainer, self.config.evaluation.prompts)
-        if _due(trainer.step, self.config.checkpoint.every) and not last:
+        self.recorder.log(step, phase, values)
+        self.progress.step(step, phase, values)
+        if step == self.total_steps:
+            return
+        if _due(step, self.config.evaluation.every):
+            self._evaluate(self.config.evaluation.prompts)
+        if _due(step, self.config.checkpoint.every):
             self._save()
 
     def record_rollouts(self, step: int, phase: str, samples: Sequence[Sample]) -> None:
@@ -69,86 +83,85 @@ class Milestones:
                                  {} if s.delta is None else {s.edge.teacher: s.delta.tolist()}) for s in samples]
         self.rollouts.write(step + 1, records)
 
-    def interrupted(self, trainer: Trainer) -> None:
+    def interrupted(self) -> None:
         """Save what was trained and say how to go on."""
         self._save()
         self._report("interrupted")
-        self.progress.note(f"stopped after step {trainer.step} of {trainer.schedule.total_steps}; saved; "
+        self.progress.note(f"stopped after step {self.state.step} of {self.total_steps}; saved; "
                            f"go on with --resume --run-dir {self.run_dir}")
-        self._close()
 
-    def finished(self, trainer: Trainer) -> None:
+    def finished(self) -> None:
         """Save, final evaluation, merged export, summary, report."""
-        if self._saved_at != trainer.step:
-            self._save()
-        rows = self._evaluate(trainer, self.config.evaluation.final_prompts)
+        self._save()
+        rows = self._evaluate(self.config.evaluation.final_prompts, final=True)
         if self.config.checkpoint.export_merged and self.config.adapter.scope == "sequence":
             with self.timers("save"), self._all_policies():
                 self.checkpoints.export_merged(self.state, MERGED, self.run_dir / "merged")
         self._summarise(rows)
         self._report("finished")
-        self._close()
 
-    def _all_policies(self):
+    def _all_policies(self) -> AbstractContextManager[list[str]]:
         return all_policies(self.state.bank, self.groups, list(self.config.experts), self.config.merge)
 
-    def _evaluate(self, trainer: Trainer, prompts: int) -> dict:
+    def _evaluate(self, prompts: int, final: bool = False) -> Rows:
         """Evaluate all policies and record the table; the backbone's answers never change, so they are kept."""
-        settings, experts = self.config.evaluation, list(self.config.experts)
+        experts, step = list(self.config.experts), self.state.step
         with self.timers("evaluation"):
             if prompts not in self._base:
                 self._base[prompts] = self.evaluator.evaluate([None], experts, prompts)[BASE]
+            base = self._base[prompts]
             with self._all_policies() as policies:
-                self._answers = {BASE: self._base[prompts], **self.evaluator.evaluate(policies, experts, prompts)}
-        rows = evaluation_rows(self._answers)
-        mode = "greedy" if settings.greedy else "sampled"
-        self.recorder.log_evaluation(trainer.step, rows, mode, settings.samples)
-        self.progress.evaluation({"step": trainer.step, "policies": rows, "mode": mode, "samples": settings.samples})
-        self._keep_best(trainer.step, rows[MERGED])
+                answers = self.evaluator.evaluate(policies, experts, prompts)
+        rows = {BASE: {domain: own.row() for domain, own in base.items()}, **evaluation_rows(answers, base)}
+        mode, samples = mode_of(self.config.evaluation), self.config.evaluation.samples
+        self.recorder.log_evaluation(step, rows, mode, samples)
+        if not final:  # the last table is printed below the display, where it stays
+            self.progress.evaluation({"step": step, "policies": rows, "mode": mode, "samples": samples})
+        self._keep_best(rows[MERGED])
         self._report("running")
         return rows
 
-    def _keep_best(self, step: int, merged: Mapping[str, Mapping[str, float]]) -> None:
+    def _keep_best(self, merged: Mapping[str, Mapping[str, float]]) -> None:
         """Export the merged policy if its mean accuracy is the best so far."""
         accuracy = sum(row["avg"] for row in merged.values()) / len(merged)
-        if not self.config.evaluation.keep_best or step == 0 or accuracy <= self.state.best_accuracy:
+        step, state = self.state.step, self.state
+        if not self.config.evaluation.keep_best or step == 0 or accuracy <= state.best_accuracy:
             return
-        self.state.best_accuracy, self.state.best_step = accuracy, step
+        state.best_accuracy, state.best_step = accuracy, step
         with self.timers("save"), self._all_policies():
-            self.checkpoints.export_peft(self.state, MERGED, self.run_dir / "best")
+            self.checkpoints.export_peft(state, MERGED, self.run_dir / "best")
 
     def _save(self) -> None:
+        """Save unless this very step is saved."""
+        if self._saved_at == self.state.step:
+            return
         with self.timers("save"), self._all_policies() as policies:
             path = self.checkpoints.save(self.state, policies)
         self._saved_at = self.state.step
         self.progress.note(f"saved {path}")
 
-    def _summarise(self, rows: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    def _summarise(self, rows: Rows) -> None:
         if not self.groups.is_main:
             return
-        settings = self.config.evaluation
-        summary = {"policies": {p: {d: row["avg"] for d, row in by_domain.items()} for p, by_domain in rows.items()},
-                   "held_out": {d: int(row["n"]) for d, row in rows[BASE].items()},
-                   "train_s": round(self.state.train_s + time.time() - self._started, 3), "seed": self.config.seed,
-                   "mode": "greedy" if settings.greedy else f"sampled, {settings.samples} per prompt",
-                   "steps": self.state.step}
-        # Per prompt, so that runs and policies can be compared pairwise.
-        correct = {p: {d: [round(sum(c) / len(c), 6) for c in a.correct] for d, a in by_domain.items()}
-                   for p, by_domain in self._answers.items()}
-        replace_file(self.run_dir / "held_out.json", json.dumps(correct).encode())
+        trained_s = self.state.train_s + time.monotonic() - self.state.started
+        summary = {"policies": {policy: {domain: row["avg"] for domain, row in by_domain.items()}
+                                for policy, by_domain in rows.items()},
+                   "held_out": {domain: int(row["n"]) for domain, row in rows[BASE].items()},
+                   "train_s": round(trained_s, 3), "seed": self.config.seed}
         replace_file(self.run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
         self.progress.close()
-        print(policy_table_text(summary), flush=True)
+        print(policy_table_text({"policies": rows, "mode": mode_of(self.config.evaluation)}), flush=True)
         print(f"report: {self.run_dir / 'report.html'}", flush=True)
 
     def _report(self, state: str) -> None:
-        if self.groups.is_main:
+        """Rebuild the page; a page that cannot be written costs the page, not the run."""
+        if not self.groups.is_main:
+            return
+        try:
             with self.timers("save"):
                 build_report(self.run_dir, state)
-
-    def _close(self) -> None:
-        self.progress.close()
-        self.recorder.close()
+        except OSError as error:
+            log.warning("report.html was not written (%s); training goes on", error)
 
 
 def _due(step: int, every: int) -> bool:

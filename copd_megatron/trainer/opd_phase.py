@@ -9,13 +9,15 @@ from collections.abc import Sequence
 
 from copd_megatron.config.losses import OpdConfig
 from copd_megatron.config.rollout import RolloutConfig
+from copd_megatron.metrics.names import edge_name
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.placement import split_evenly
 from copd_megatron.rollout.engine import Request, SamplingParams
-from copd_megatron.trainer.batching import Sample
+from copd_megatron.trainer.batching import Asked, Sample
 from copd_megatron.trainer.prompts import PromptSource
 from copd_megatron.trainer.rlvr_phase import NativeBatch
-from copd_megatron.types import Completion, Edge
+from copd_megatron.trainer.step_metrics import Sums, add_sums
+from copd_megatron.types import Completion, Edge, Prompt
 
 
 def cross_counts(edges: Sequence[Edge], student: str, native: int, ratio: float) -> dict[Edge, int]:
@@ -36,8 +38,8 @@ class CrossBatch:
         self.source, self.groups, self.rollout, self.opd, self.params = source, groups, rollout, opd, params
         self.rounds = native.rounds
 
-    def requests(self, step: int, edges: Sequence[Edge]) -> list[tuple[Request, Sample]]:
-        """Requests with a blank sample each; none outside OPD steps."""
+    def requests(self, step: int, edges: Sequence[Edge]) -> list[Asked]:
+        """The hosted students' requests; none outside OPD steps."""
         native = self.rollout.prompts_per_step
         asked = []
         for student in self.groups.hosted:
@@ -45,28 +47,26 @@ class CrossBatch:
                 for slot in self.groups.placement.share(student, self.groups.coords.replica, count):
                     prompt = self.prompt(edge.teacher, step, slot)
                     request = Request(prompt, student, self.rollout.group_size, self.params, (step,))
-                    asked.append((request, Sample(None, student, edge=edge, slot=slot, slots=count)))
+                    asked.append(Asked(request, slot, count, edge))
         return asked
 
-    def prompt(self, teacher: str, step: int, slot: int):
+    def prompt(self, teacher: str, step: int, slot: int) -> Prompt:
         """Prompt ``slot`` of the teacher's native batch; any rank can make it."""
         return self.source.train(teacher, step * self.rounds * self.rollout.prompts_per_step + slot)
 
     @staticmethod
-    def samples(asked: Sequence[tuple[Request, Sample]], groups: Sequence[Sequence[Completion]]) -> list[Sample]:
+    def samples(asked: Sequence[Asked], groups: Sequence[Sequence[Completion]]) -> list[Sample]:
         """One sample per completion."""
-        return [Sample(c, blank.expert, edge=blank.edge, slot=blank.slot, slots=blank.slots)
-                for (_, blank), group in zip(asked, groups) for c in group]
+        return [own.sample(c) for own, group in zip(asked, groups) for c in group]
 
 
-def cross_metrics(samples: Sequence[Sample]) -> dict[str, tuple[float, float]]:
-    """(sum, weight) per metric of the cross batches at hand; weight 0: a plain sum."""
-    sums: dict[str, tuple[float, float]] = {}
+def cross_metrics(samples: Sequence[Sample]) -> Sums:
+    """What the cross batches at hand look like."""
+    sums: Sums = {}
     for sample in samples:
-        name = f"edge/{sample.edge.teacher}->{sample.edge.student}"
-        length = len(sample.completion.token_ids)
-        for metric, value, weight in (("length", length, 1.0), ("truncated", sample.completion.finish == "length", 1.0),
-                                      ("tokens", length, 0.0)):
-            old, total = sums.get(f"{name}/{metric}", (0.0, 0.0))
-            sums[f"{name}/{metric}"] = (old + value, total + weight)
+        edge, length = sample.edge, float(sample.length)
+        add_sums(sums, {edge_name(edge.teacher, edge.student, "length"): (length, 1.0),
+                        edge_name(edge.teacher, edge.student, "truncated"):
+                            (float(sample.completion.finish == "length"), 1.0),
+                        edge_name(edge.teacher, edge.student, "tokens"): (length, 0.0)})
     return sums

@@ -22,8 +22,8 @@ class ExpertOptimizer:
         self.parameters, self.dtype = bank.parameters_of(expert), bank.dtype
         self.updates = 0
         # A dict is a parameter group: a stage below the first adapted layer has an empty one.
-        self.adamw = torch.optim.AdamW([{"params": list(self.parameters.values())}], lr=config.lr, betas=config.betas,
-                                       eps=config.eps, weight_decay=config.weight_decay)
+        self.adamw = torch.optim.AdamW([{"params": list(self.parameters.values())}], lr=config.lr,
+                                       betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
     def learning_rate(self) -> float:
         """Of the next update: lr x min(1, (updates + 1) / warmup_steps)."""
@@ -35,11 +35,11 @@ class ExpertOptimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def step(self) -> dict[str, float]:
+    def step(self) -> dict[str, Tensor | float]:
         """Reduce, clip, update. Every rank that hosts the expert calls it.
 
         Returns:
-            grad_norm (before clipping) and lr.
+            grad_norm (before clipping), adapter_norm (after the update) and lr.
         """
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
         for parameter, grad in zip(self.parameters.values(), grads):
@@ -54,7 +54,7 @@ class ExpertOptimizer:
             group["lr"] = lr
         self.adamw.step()
         self.updates += 1
-        return {"grad_norm": float(norm), "lr": lr}
+        return {"grad_norm": norm, "adapter_norm": self._norm(list(self.parameters.values())), "lr": lr}
 
     def _reduce(self, grads: list[Tensor]) -> None:
         """Sum over the expert's replicas, in one flat message."""
@@ -66,14 +66,15 @@ class ExpertOptimizer:
         for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
             grad.copy_(piece.view_as(grad))
 
-    def _norm(self, grads: list[Tensor]) -> Tensor:
-        """Global norm: split factors summed over TP, replicated ones counted once, summed over PP."""
+    def _norm(self, tensors: list[Tensor]) -> Tensor:
+        """Norm over the whole expert of one tensor per parameter: split factors summed over TP, replicated ones
+        counted once, all summed over PP."""
         split, whole = torch.zeros(2, dtype=self.dtype, device=device())
-        for parameter, grad in zip(self.parameters.values(), grads):
+        for parameter, tensor in zip(self.parameters.values(), tensors):
             if parameter.tp_dim is None:
-                whole = whole + grad.pow(2).sum()
+                whole = whole + tensor.pow(2).sum()
             else:
-                split = split + grad.pow(2).sum()
+                split = split + tensor.pow(2).sum()
         if self.groups.layout.tp > 1:
             dist.all_reduce(split, group=self.groups.tp)
         total = split + whole
@@ -82,8 +83,9 @@ class ExpertOptimizer:
         return total.sqrt()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Adam moments by parameter name: {"layers.0...lora_A": {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}}."""
-        return {name: dict(self.adamw.state[p]) for name, p in self.parameters.items() if p in self.adamw.state}
+        """Adam moments by parameter name: {"layers.0...lora_A": {"exp_avg", "exp_avg_sq", "step"}}."""
+        state = self.adamw.state
+        return {name: dict(state[p]) for name, p in self.parameters.items() if p in state}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]], updates: int) -> None:
         """Inverse of ``state_dict``; parameters without state start afresh."""

@@ -30,7 +30,8 @@ def preview(config: RunConfig, count: int, console: Console | None = None) -> No
     console = console or Console(quiet=not groups.is_main, highlight=False)
     params = sampling_params(config.rollout, encoder)
     console.print(Text.assemble("colours: ", *(part for text, style in LEGEND for part in ((text, style), "  "))))
-    table = Table("domain", "prompts", "pass rate", "reward", "parseable", "prompt tokens", "answer tokens", "truncated")
+    table = Table("domain", "prompts", "pass rate", "reward", "parseable", "prompt tokens", "answer tokens",
+                  "truncated")
     for domain in config.experts:
         prompts = [policies.source.train(domain, i) for i in range(count)]
         # The backbone answers: fresh experts are the backbone, and it lives on every replica.

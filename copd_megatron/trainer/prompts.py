@@ -15,6 +15,7 @@ from copd_megatron.tasks.base import Split, Task
 from copd_megatron.types import Prompt, UserError
 
 CACHED_PROMPTS = 20_000
+"""Encoded prompts kept per run: evaluations ask for the same ones again and again."""
 
 
 class PromptSource:
@@ -39,7 +40,8 @@ class PromptSource:
     def held_out(self, domain: str, count: int) -> list[Prompt]:
         """The first ``count`` held-out prompts (all of them if the split is smaller)."""
         size = self.tasks[domain].size("held_out")
-        return [self._prompt(domain, "held_out", i) for i in range(count if size is None else min(count, size))]
+        available = count if size is None else min(count, size)
+        return [self._prompt(domain, "held_out", i) for i in range(available)]
 
     def _permutation(self, domain: str, size: int, epoch: int):
         return permutation(self.seed, size, stable_hash(domain), epoch)
@@ -51,8 +53,8 @@ class PromptSource:
             return self._cache[key]
         prompt = self.encoder.encode(self.tasks[domain].item(split, index), domain)
         if len(prompt.token_ids) > self.max_prompt_tokens:
-            raise UserError(f"rollout.max_prompt_tokens: prompt {prompt.key!r} has {len(prompt.token_ids)} tokens; "
-                            f"allowed is {self.max_prompt_tokens}; raise the limit or filter the data")
+            raise UserError(f"rollout.max_prompt_tokens: prompt {prompt.key!r} has {len(prompt.token_ids)} "
+                            f"tokens; allowed is {self.max_prompt_tokens}; raise the limit or filter the data")
         self._cache[key] = prompt
         while len(self._cache) > CACHED_PROMPTS:
             self._cache.popitem(last=False)

@@ -53,8 +53,8 @@ class Scoring:
         crossing = [s for s in samples if not s.is_native]
         with timers("exchange"):
             exchange = Exchange.open([
-                ScoreRequest(s.edge.teacher, s.edge.student, s.slot, tuple(s.completion.token_ids), s.edge.signal)
-                for s in crossing], self.groups)
+                ScoreRequest(s.edge.teacher, s.edge.student, s.slot, tuple(s.completion.token_ids),
+                             s.edge.signal) for s in crossing], self.groups)
         requests = exchange.to_score
         guests = [Lane(self._guest(request, step), request.teacher) for request in requests]
         kinds = {kind for kind in ("sampled", "topk", "full") if any(e.signal == kind for e in edges)}

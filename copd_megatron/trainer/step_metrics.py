@@ -1,6 +1,8 @@
 """Numbers of one step from all ranks: sums with weights, and samples of values for percentiles."""
 from __future__ import annotations
 
+import resource
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -13,20 +15,28 @@ from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.trainer.batching import Sample
 
+Sums = dict[str, tuple[Tensor | float, float]]
+"""Metric name -> (sum, weight); the metric is the ratio of both, added up over microbatches and ranks. A weight
+of 0 marks a plain sum."""
+
 VALUES_PER_EDGE = 4096
 """Deltas each replica contributes to an edge's percentiles."""
 PERCENTILES = {"delta_p05": 5, "delta_p50": 50, "delta_p95": 95}
 
 
-class StepMetrics:
-    """Collects (sum, weight) pairs on every rank; one rank per replica speaks for it.
+def add_sums(sums: Sums, more: Mapping[str, tuple[Tensor | float, float]]) -> None:
+    """Add ``more`` to ``sums`` in place."""
+    for name, (value, weight) in more.items():
+        old, total = sums.get(name, (0.0, 0.0))
+        sums[name] = (old + value, total + weight)
 
-    A weight of 0 marks a plain sum.
-    """
+
+class StepMetrics:
+    """Collects sums on every rank; one rank per replica speaks for it."""
 
     def __init__(self, groups: Groups):
         self.groups = groups
-        self._sums: dict[str, list] = defaultdict(lambda: [0.0, 0.0])
+        self._sums: Sums = {}
         self._values: dict[str, np.ndarray] = {}
 
     @property
@@ -36,9 +46,7 @@ class StepMetrics:
 
     def add(self, sums: Mapping[str, tuple[Tensor | float, float]]) -> None:
         """Add sums and weights."""
-        for name, (value, weight) in sums.items():
-            self._sums[name][0] += value
-            self._sums[name][1] += weight
+        add_sums(self._sums, sums)
 
     def add_deltas(self, samples: Sequence[Sample]) -> None:
         """Remember the deltas of cross samples for percentiles."""
@@ -53,21 +61,35 @@ class StepMetrics:
 
     def reduce(self) -> dict[str, float]:
         """The step's metrics over all replicas, the same on every rank."""
-        mine = None
-        if self.speaks:
-            mine = ({name: (float(value), float(weight)) for name, (value, weight) in self._sums.items()},
-                    self._values)
-        totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        spoken = (_on_host(self._sums), self._values) if self.speaks else ({}, {})
+        totals: Sums = {}
         values: dict[str, list[np.ndarray]] = defaultdict(list)
-        for part in all_gather_objects(mine, self.groups.world):
-            for name, (value, weight) in (part[0] if part else {}).items():
-                totals[name][0] += value
-                totals[name][1] += weight
-            for name, array in (part[1] if part else {}).items():
+        peaks = []
+        for (sums, arrays), peak in all_gather_objects((spoken, _peak_bytes()), self.groups.world):
+            add_sums(totals, sums)
+            for name, array in arrays.items():
                 values[name].append(array)
+            peaks.append(peak)
         metrics = {name: value / weight if weight else value for name, (value, weight) in totals.items()}
+        metrics["memory/peak_bytes"] = float(max(peaks))
         for name, arrays in values.items():
             joined = np.concatenate(arrays)
             if len(joined):
                 metrics |= {name + what: float(np.percentile(joined, q)) for what, q in PERCENTILES.items()}
         return metrics
+
+
+def _peak_bytes() -> int:
+    """Most memory this process ever held: allocated on CUDA, resident on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def _on_host(sums: Sums) -> dict[str, tuple[float, float]]:
+    """All sums as floats, brought over in one copy: the only wait for the device in a step's numbers."""
+    tensors = {name: value for name, (value, _) in sums.items() if isinstance(value, Tensor)}
+    values = torch.stack([t.detach().double() for t in tensors.values()]).tolist() if tensors else []
+    floats = dict(zip(tensors, values))
+    return {name: (floats.get(name, value), weight) for name, (value, weight) in sums.items()}

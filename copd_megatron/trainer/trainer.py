@@ -21,7 +21,7 @@ from copd_megatron.trainer.milestones import Milestones
 from copd_megatron.trainer.opd_phase import CrossBatch, cross_metrics
 from copd_megatron.trainer.rlvr_phase import NativeBatch, native_metrics
 from copd_megatron.trainer.scoring import Scoring
-from copd_megatron.trainer.step_metrics import StepMetrics
+from copd_megatron.trainer.step_metrics import StepMetrics, Sums
 from copd_megatron.trainer.stop import StopRequest
 from copd_megatron.types import Edge
 
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Runs the schedule from ``step`` on. Built by ``trainer.build``."""
 
-    def __init__(self, config: RunConfig, groups: Groups, runner: Runner, collector: Collector, native: NativeBatch,
-                 cross: CrossBatch, scoring: Scoring, learner: Learner, schedule: Schedule, milestones: Milestones,
-                 timers: Timers, step: int = 0):
+    def __init__(self, config: RunConfig, groups: Groups, runner: Runner, collector: Collector,
+                 native: NativeBatch, cross: CrossBatch, scoring: Scoring, learner: Learner,
+                 schedule: Schedule, milestones: Milestones, timers: Timers, step: int = 0):
         self.config, self.groups, self.runner, self.collector = config, groups, runner, collector
         self.native, self.cross, self.scoring, self.learner = native, cross, scoring, learner
         self.schedule, self.milestones, self.timers, self.step = schedule, milestones, timers, step
@@ -42,17 +42,19 @@ class Trainer:
     def run(self) -> None:
         """Train to the end of the schedule, or to a stop request; what was trained is saved either way."""
         self._announce()
-        with StopRequest(self.groups) as stop:
-            self.milestones.before(self)
-            while self.step < self.schedule.total_steps:
+        with StopRequest(self.groups) as stop, self.milestones:
+            self.milestones.before()
+            stopped = stop.requested()
+            while self.step < self.schedule.total_steps and not stopped:
                 phase = self.schedule.phase(self.step)
                 metrics = self.train_step(self.step, phase)
                 self.step += 1
-                self.milestones.after_step(self, phase, metrics)
-                if stop.requested():
-                    self.milestones.interrupted(self)
-                    return
-            self.milestones.finished(self)
+                self.milestones.after_step(self.step, phase, metrics)
+                stopped = stop.requested()
+            if stopped:
+                self.milestones.interrupted()
+            else:
+                self.milestones.finished()
 
     def train_step(self, step: int, phase: str) -> dict[str, float]:
         """One update of every hosted expert; the step's metrics, the same on every rank."""
@@ -61,24 +63,21 @@ class Trainer:
         samples = self.collect(step, edges, numbers)
         with timers("score"):
             self.scoring.score(samples, step, edges, timers)
+        numbers.add(self.runner.work("score"))
         with timers("update"):
             numbers.add(self.learner.update(samples))
+        numbers.add(self.runner.work("update"))
         numbers.add_deltas(samples)
         with timers("score"):
-            numbers.add(self.agreement(samples))
+            numbers.add(self.agreement(step, samples))
         self.milestones.record_rollouts(step, phase, samples)
-        metrics = numbers.reduce()
-        metrics["tokens/saved_share"] = 1 - self.runner.tokens / max(1, self.runner.naive_tokens)
-        self.runner.tokens = self.runner.naive_tokens = 0
-        return metrics
+        return numbers.reduce()
 
     def collect(self, step: int, edges: Sequence[Edge], numbers: StepMetrics) -> list[Sample]:
         """Native and, in OPD steps, cross samples of the hosted experts: one batch for the engine."""
         native, cross = self.native.requests(step), self.cross.requests(step, edges)
         with self.timers("rollout"):
-            requests = [r for r, _ in native + cross]
-            graded = {id(r) for r, _ in native}
-            groups = self.collector.collect(requests, lambda r: id(r) in graded)
+            groups = self.collector.collect([a.request for a in native + cross], graded=len(native))
             native_groups, cross_groups = groups[:len(native)], groups[len(native):]
             replaced = self.native.resample(step, native, native_groups, self.collector)
         samples = self.native.samples(native, native_groups)
@@ -86,20 +85,23 @@ class Trainer:
         numbers.add(native_metrics(samples, native_groups))
         numbers.add(cross_metrics(crossing))
         numbers.add({f"{e}/resampled_groups": (float(n), 0.0) for e, n in replaced.items()})
-        tokens = sum(len(s.completion.token_ids) for s in samples + crossing)
-        numbers.add({"tokens/step": (float(tokens), 0.0)})
+        numbers.add({"tokens/step": (float(sum(s.length for s in samples + crossing)), 0.0)})
         return samples + crossing
 
-    def agreement(self, samples: Sequence[Sample]):
-        """Overlap and symmetric KL of all pairs after the update."""
-        if len(self.experts) < 2 or not self.config.metrics.overlap_tokens:
+    def agreement(self, step: int, samples: Sequence[Sample]) -> Sums:
+        """Overlap and symmetric KL of all pairs after the update, every few steps and where a phase ends."""
+        config = self.config.metrics
+        phase_ends = step + 1 == self.schedule.total_steps or (
+            self.schedule.phase(step) != self.schedule.phase(step + 1))
+        if len(self.experts) < 2 or not (phase_ends or step % config.overlap_every == 0):
             return {}
-        bank = self.runner.backbone.bank
-        with gathered_adapters(bank, self.groups, self.experts):
-            return measure_agreement(self.runner, samples, self.experts, self.config.metrics.overlap_k,
-                                     self.config.metrics.overlap_tokens, self.config.rollout.temperature,
-                                     self.config.optimizer.microbatch_tokens)
+        with gathered_adapters(self.runner.backbone.bank, self.groups, self.experts):
+            sums = measure_agreement(self.runner, samples, self.experts, config.overlap_k, config.overlap_tokens,
+                                     self.config.rollout.temperature, self.config.optimizer.microbatch_tokens)
+        self.runner.work("score")  # measuring is no part of the method's work
+        return sums
 
     def _announce(self) -> None:
         if self.groups.is_main and self.learner.one_update:
-            log.info("rlvr.minibatches_per_rollout x rlvr.epochs = 1: every ratio is exactly 1, so clipping is inert")
+            log.info("rlvr.minibatches_per_rollout x rlvr.epochs = 1: every ratio is exactly 1, so clipping "
+                     "is inert")

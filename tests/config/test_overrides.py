@@ -114,8 +114,8 @@ def test_model_path_from_the_command_line_is_taken_from_the_current_folder(confi
             "rollout.temperature=hot",
             r"^rollout\.temperature: 'hot' given; allowed: float > 0; the default is 1\.0",
         ),
-        ("rollout.group_size=0", r"^rollout\.group_size: 0 given; allowed: int >= 1"),
-        ("rollout.group_size=2.5", r"^rollout\.group_size: 2\.5 given; allowed: int >= 1"),
+        ("rollout.group_size=0", r"^rollout\.group_size: 0 given; allowed: int >= 2"),
+        ("rollout.group_size=2.5", r"^rollout\.group_size: 2\.5 given; allowed: int >= 2"),
         (
             "rlvr.loss=ppo",
             r'^rlvr\.loss: \'ppo\' given; allowed: "clip" \| "gspo" \| "cispo"; the default is \'clip\'',

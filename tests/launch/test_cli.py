@@ -63,7 +63,7 @@ def test_version_and_help_load_nothing_heavy():
         (["RECIPE", "--set", "lr=1"], "lr: no such key; nearest: optimizer.lr"),
         (
             ["RECIPE", "--set", "seed=1", "rollout.group_size=none"],
-            "rollout.group_size: 'none' given; allowed: int >= 1",
+            "rollout.group_size: 'none' given; allowed: int >= 2",
         ),
         (["RECIPE", "--set", "seed=1", "--set", "seed"], "--set seed: no key or no '='"),
     ],

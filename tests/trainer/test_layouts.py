@@ -3,6 +3,7 @@ import functools
 
 import pytest
 import torch
+
 from support.ranks import run_ranks
 from support.toy_run import run_steps, toy_config
 

@@ -1,0 +1,197 @@
+"""The loss of one microbatch on the last pipeline stage, and what the step records about it.
+
+native (RLVR)         clipped surrogate with the group advantage, + kl_coef KL - entropy_coef entropy
+cross, ``sampled``    the same surrogate with advantage beta (log pi_teacher - log pi_student), both detached
+cross, others         beta x divergence from the teacher, on its top-k with a tail bucket or on the vocabulary
+
+(Gu et al. 2026, arXiv:2604.27083). loss = sum over tokens of weight x loss, see ``losses.reduction``: native
+and cross samples of an expert are reduced together, as one batch.
+
+Shape suffixes: N completion tokens of the microbatch, H hidden, K top-k ids.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from copd_megatron.config.losses import OpdConfig, RlvrConfig
+from copd_megatron.losses.advantages import distillation_advantages
+from copd_megatron.losses.importance import importance_weights, mismatch
+from copd_megatron.losses.kl import kl_estimate
+from copd_megatron.losses.policy_gradient import surrogate
+from copd_megatron.losses.topk_kl import topk_divergence
+from copd_megatron.metrics.names import edge_name
+from copd_megatron.model.backbone import Backbone
+from copd_megatron.model.shared_prefix import Pack
+from copd_megatron.model.vocab_parallel import TokenScores, full_divergence, score
+from copd_megatron.trainer.batching import Microbatch
+from copd_megatron.trainer.rows import Rows
+from copd_megatron.trainer.step_metrics import Sums
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """Who says what about the microbatch's tokens, [N] each."""
+
+    native: Tensor
+    """bool: driven by the reward; the others are cross."""
+    policy: Tensor
+    """Log-probs of the policy being updated; carries the gradient."""
+    old: Tensor
+    """Of the policy at the start of the step."""
+    backbone: Tensor
+    """Only read on native tokens."""
+    delta: Tensor
+    """log teacher - log student at the start of the step; 0 on native tokens."""
+    beta: Tensor
+    """0 on native tokens."""
+    advantage: Tensor
+    dropped: Tensor
+    """bool: cross tokens that ``opd.delta_guard`` leaves out."""
+
+
+class Objective:
+    """Callable for ``Runner.train``: (hidden states, pack, microbatch) -> (loss, sums of metrics)."""
+
+    def __init__(self, backbone: Backbone, rlvr: RlvrConfig, opd: OpdConfig, temperature: float):
+        self.backbone, self.rlvr, self.opd, self.temperature = backbone, rlvr, opd, temperature
+
+    def __call__(self, hidden_NH: Tensor, pack: Pack, batch: Microbatch) -> tuple[Tensor, Sums]:
+        """Nothing here waits for the device: sums stay tensors until the end of the step."""
+        rows = Rows.of(batch, hidden_NH)
+        scores = score(hidden_NH, self.backbone.head, pack.target_ids, temperature=self.temperature, entropy=True,
+                       at_ids_TK=_teacher_ids(rows))
+        tokens = self._tokens(rows, scores.logprobs_T)
+        losses, columns = self._policy_gradient(rows, tokens)
+        distance = kl_estimate(tokens.policy, tokens.old + tokens.delta, "k3").detach()
+        dense = self._divergence(rows, hidden_NH, scores.at_logprobs_TK)
+        if dense is not None:
+            is_dense = rows.marked([s.signal is not None and s.signal.kind != "sampled" for s in rows.samples])
+            losses = torch.where(is_dense, tokens.beta * dense, losses)
+            distance = torch.where(is_dense, dense, distance)
+        losses, regulariser = self._regularise(rows, tokens, losses, scores)
+        weighted = losses * rows.weights_N.masked_fill(tokens.dropped, 0)
+        sums = self._expert_sums(rows, columns | regulariser, weighted)
+        sums |= self._edge_sums(rows, tokens, distance)
+        return weighted.sum(), sums
+
+    def _tokens(self, rows: Rows, policy: Tensor) -> _Tokens:
+        detached = policy.detach()
+        old = rows.joined([s.old_logprobs for s in rows.samples], detached)
+        backbone = rows.joined([s.backbone_logprobs for s in rows.samples], detached)
+        teacher = rows.joined([None if s.signal is None else s.signal.logprobs_T for s in rows.samples], old)
+        native = rows.marked([s.is_native for s in rows.samples])
+        beta = rows.spread([0.0 if s.edge is None else s.edge.beta for s in rows.samples])
+        crossing, kept = distillation_advantages(teacher, old, beta, self.opd.delta_guard)
+        advantage = torch.where(native, rows.spread([s.advantage for s in rows.samples]), crossing)
+        for sample, delta in zip(rows.samples, (teacher - old).split(rows.lengths)):
+            sample.delta = None if sample.is_native else delta
+        return _Tokens(native, policy, old, backbone, teacher - old, beta, advantage, ~kept)
+
+    def _policy_gradient(self, rows: Rows, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        """Surrogate losses [N] with their importance correction, and columns to record."""
+        config = self.rlvr
+        losses, clip = surrogate(config.loss, tokens.policy, tokens.old, tokens.advantage, rows.sample_N,
+                                 config.clip_low, config.clip_high, config.dual_clip, loss_mask_T=rows.mask_N)
+        gap = mismatch(tokens.old, rows.engine_logprobs_N)
+        columns = {"ratio_mean": clip["ratio"], "clip_fraction": clip["clipped"] + clip["dual_clipped"],
+                   "mismatch_kl": gap["kl"]}
+        if config.importance_correction != "none":
+            weights = importance_weights(tokens.old, rows.engine_logprobs_N, config.importance_correction,
+                                         config.importance_cap)
+            losses = losses * weights
+            columns["importance_clipped"] = weights != gap["weight"]
+        return losses, columns
+
+    def _regularise(self, rows: Rows, tokens: _Tokens, losses: Tensor,
+                    scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add the KL penalty and the entropy bonus to native tokens; columns to record."""
+        columns = {"entropy": scores.entropy_T, "kl_backbone": kl_estimate(tokens.policy, tokens.backbone, "k3")}
+        if self.rlvr.kl_coef:
+            reference = tokens.backbone
+            if self.rlvr.kl_reference != "backbone":
+                reference = rows.joined([s.reference_logprobs for s in rows.samples], tokens.policy.detach())
+            penalty = kl_estimate(tokens.policy, reference, self.rlvr.kl_estimator)
+            losses = losses + tokens.native * self.rlvr.kl_coef * penalty
+            columns["kl_penalty"] = penalty
+        if self.rlvr.entropy_coef:
+            losses = losses - tokens.native * self.rlvr.entropy_coef * scores.entropy_T
+        return losses, columns
+
+    def _divergence(self, rows: Rows, hidden_NH: Tensor, at_logprobs_NK: Tensor | None) -> Tensor | None:
+        """[N] divergence from the teacher for top-k and full signals, 0 on other tokens; None without any."""
+        kinds = [None if s.signal is None else s.signal.kind for s in rows.samples]
+        if not {"topk", "full"} & set(kinds):
+            return None
+        distance = torch.zeros_like(rows.weights_N)
+        for kind in ("topk", "full"):
+            chosen = [i for i, own in enumerate(kinds) if own == kind]
+            if not chosen:
+                continue
+            index = rows.indices(chosen)
+            signals = [rows.samples[i].signal for i in chosen]
+            if kind == "topk":
+                value = topk_divergence(at_logprobs_NK[index], torch.cat([s.topk_logprobs_TK for s in signals]),
+                                        torch.cat([s.log_tail_T for s in signals]), self.opd.divergence,
+                                        self.opd.jsd_weight)
+            else:
+                value = full_divergence(hidden_NH[index], torch.cat([s.hidden_TH for s in signals]),
+                                        self.backbone.head, self.opd.divergence, temperature=self.temperature,
+                                        jsd_weight=self.opd.jsd_weight)
+            distance = distance.index_add(0, index, value.to(distance.dtype))
+        return distance
+
+    def _expert_sums(self, rows: Rows, columns: Mapping[str, Tensor], weighted: Tensor) -> Sums:
+        """Means over each expert's native tokens, and its loss, which only adds up (weight 0)."""
+        experts = list(dict.fromkeys(s.expert for s in rows.samples))
+        native = [experts.index(s.expert) if s.is_native else None for s in rows.samples]
+        crossing = [None if s.is_native else experts.index(s.expert) for s in rows.samples]
+        means = rows.sums(columns, native, len(experts))
+        rlvr = rows.sums({"loss": weighted}, native, len(experts))["loss"]
+        opd = rows.sums({"loss": weighted}, crossing, len(experts))["loss"]
+        updates = self.rlvr.minibatches_per_rollout * self.rlvr.epochs
+        sums: Sums = {}
+        counts = _tokens_per_group(rows, native, len(experts))
+        for place, expert in enumerate(experts):
+            sums |= {f"{expert}/{name}": (column[place], counts[place]) for name, column in means.items()}
+            sums[f"{expert}/loss"] = ((rlvr[place] + opd[place]) / updates, 0.0)
+            sums[f"{expert}/loss_rlvr"] = (rlvr[place] / updates, 0.0)
+            if place in crossing:
+                sums[f"{expert}/loss_opd"] = (opd[place] / updates, 0.0)
+        return sums
+
+    @staticmethod
+    def _edge_sums(rows: Rows, tokens: _Tokens, distance: Tensor) -> Sums:
+        """Means over the tokens of each edge; ``distance`` [N] estimates KL(student || teacher)."""
+        edges = list(dict.fromkeys(s.edge for s in rows.samples if s.edge is not None))
+        if not edges:
+            return {}
+        of = [None if s.edge is None else edges.index(s.edge) for s in rows.samples]
+        means = rows.sums({"delta_mean": tokens.delta, "dropped": tokens.dropped,
+                           "beta_delta_abs": (tokens.beta * tokens.delta).abs(), "teacher_kl": distance},
+                          of, len(edges))
+        counts = _tokens_per_group(rows, of, len(edges))
+        return {edge_name(edge.teacher, edge.student, name): (column[place], counts[place])
+                for name, column in means.items() for place, edge in enumerate(edges)}
+
+
+def _tokens_per_group(rows: Rows, group_of: Sequence[int | None], groups: int) -> list[float]:
+    """Loss tokens of the samples in each group, counted on the host."""
+    counts = [0.0] * groups
+    for sample, group in zip(rows.samples, group_of):
+        if group is not None:
+            counts[group] += float(sample.loss_mask.sum())
+    return counts
+
+
+def _teacher_ids(rows: Rows) -> Tensor | None:
+    """[N, K] ids at which the student is scored; rows without a top-k signal repeat id 0, unused."""
+    signals = [s.signal if s.signal is not None and s.signal.kind == "topk" else None for s in rows.samples]
+    width = max((s.topk_ids_TK.shape[1] for s in signals if s is not None), default=0)
+    if not width:
+        return None
+    return torch.cat([rows.sample_N.new_zeros(length, width) if s is None else s.topk_ids_TK.long()
+                      for s, length in zip(signals, rows.lengths)])
