@@ -39,6 +39,7 @@ def train(options: argparse.Namespace) -> int:
     if is_first_rank():
         _record_start(run_dir, options, resume_step=trainer.step if options.resume else None)
     trainer.run()
+    _leave()
     return 0
 
 
@@ -70,6 +71,7 @@ def preview(options: argparse.Namespace) -> int:
     from copd_megatron.trainer.preview import preview as show
 
     show(config, options.n)
+    _leave()
     return 0
 
 
@@ -94,6 +96,7 @@ def evaluate(options: argparse.Namespace) -> int:
         print(policy_table_text(results))
         if options.json:
             Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+    _leave()
     return 0
 
 
@@ -103,16 +106,17 @@ def _evaluation_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def report(options: argparse.Namespace) -> int:
-    """Print a finished run's table, write its report.html and say where it is."""
+    """Print a run's newest table, write its report.html and say where it is."""
     from copd_megatron.launch import run_folder
 
     run_dir = run_folder.existing_run(options.run_dir)
     from copd_megatron.metrics.accuracy import policy_table_text
     from copd_megatron.report.build import build_report
+    from copd_megatron.report.reader import read_run
 
-    summary = run_dir / "summary.json"
-    if summary.exists():
-        print(policy_table_text(json.loads(summary.read_text())))
+    table = read_run(run_dir).latest_accuracies()
+    if table is not None:
+        print(policy_table_text(table))
     print(f"report: {build_report(run_dir)}")
     return 0
 
@@ -203,3 +207,10 @@ def _prepare() -> None:
     from copd_megatron.optional import refuse_harmful_parts
 
     refuse_harmful_parts(torch.cuda.is_available())
+
+
+def _leave() -> None:
+    """Part from the other ranks. Not after an error: they may still wait in a collective."""
+    from copd_megatron.parallel.groups import shutdown_distributed
+
+    shutdown_distributed()

@@ -1,12 +1,14 @@
 """From prompts to graded completions: the engine samples, environments answer, verifiers grade.
 
-Grading runs on one rank of a replica and is broadcast: a reward function may be slow, random or remote.
+Environments and graders run on one rank of a replica, and what they say is broadcast: they may be slow, random or
+remote.
 """
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from copd_megatron.config.rollout import RolloutConfig
 from copd_megatron.model.prompt import PromptEncoder
 from copd_megatron.parallel.collectives import broadcast_object
 from copd_megatron.parallel.groups import Groups
@@ -40,36 +42,41 @@ class Collector:
 
     def _continue_episodes(self, requests: Sequence[Request], groups: list[list[Completion]]) -> None:
         """Let environments answer and the policy go on, until every episode is over or out of tokens."""
-        for _ in range(MAX_TURNS - 1):
-            again: list[tuple[Request, list[Completion], int]] = []
-            for request, group in zip(requests, groups):
-                if environment_of(self.tasks.get(request.prompt.domain)) is None:
-                    continue
-                for place, completion in enumerate(group):
-                    turn = self._environment_turn(request, completion)
-                    if turn is not None:
-                        again.append((turn, group, place))
-            if not again:
+        running = [(request, group, place) for request, group in zip(requests, groups)
+                   if environment_of(self.tasks[request.prompt.domain]) is not None for place in range(len(group))]
+        for _ in range(MAX_TURNS - 1 if running else 0):
+            replies = self._replies([group[place] for _, group, place in running])
+            turns = [self._next_turn(request, group[place], reply)
+                     for (request, group, place), reply in zip(running, replies)]
+            running = [own for own, turn in zip(running, turns) if turn is not None]
+            if not running:
                 return
-            answers = self.engine.generate([request for request, _, _ in again], self.visual)
-            for (_, group, place), (longer,) in zip(again, answers):
+            answers = self.engine.generate([turn for turn in turns if turn is not None], self.visual)
+            for (_, group, place), (longer,) in zip(running, answers):
                 group[place] = longer
 
-    def _environment_turn(self, request: Request, completion: Completion) -> Request | None:
-        """The request that continues an episode, or None when it is over."""
-        if completion.finish != "stop" or completion.segments[-1].origin != "policy":
+    def _replies(self, completions: Sequence[Completion]) -> list[str | None]:
+        """What the environments say; asked on one rank, as graders are. None: the episode is over."""
+        replies = None
+        if self.groups.is_replica_main:
+            replies = []
+            for completion in completions:
+                environment = environment_of(self.tasks[completion.prompt.domain])
+                turns = [self.encoder.decode(s.token_ids) for s in completion.segments]
+                cut = completion.finish != "stop"
+                replies.append(None if cut else environment.respond(completion.prompt.item, turns))
+        return broadcast_object(replies, self.groups.first_rank, self.groups.replica)
+
+    def _next_turn(self, request: Request, completion: Completion, reply: str | None) -> Request | None:
+        """The request that continues an episode, or None when it is over or no token is left for an answer."""
+        if reply is None:
             return None
-        turns = [self.encoder.decode(s.token_ids) for s in completion.segments]
-        answer = environment_of(self.tasks[request.prompt.domain]).respond(request.prompt.item, turns)
-        if answer is None:
+        prior = (*completion.segments, Segment(self.encoder.tokenize(reply), "environment"))
+        left = request.params.max_tokens - sum(len(s.token_ids) for s in prior)
+        if left < 1:
             return None
-        segments = (*completion.segments, Segment(self.encoder.tokenize(answer), "environment"))
-        used = sum(len(s.token_ids) for s in segments)
-        if used >= request.params.max_tokens:
-            return None
-        params = dataclasses.replace(request.params, max_tokens=request.params.max_tokens - used)
-        return dataclasses.replace(request, samples=1, sample_offset=completion.sample, prior=segments,
-                                   params=params)
+        return dataclasses.replace(request, samples=1, sample_offset=completion.sample, prior=prior,
+                                   params=dataclasses.replace(request.params, max_tokens=left))
 
     def _grade(self, completions: Sequence[Completion]) -> None:
         grades = None
@@ -88,7 +95,7 @@ class Collector:
             completion.reward, completion.reward_parts, completion.extracted = reward, dict(parts), extracted
 
 
-def sampling_params(config, encoder: PromptEncoder) -> SamplingParams:
-    """Training's sampling settings from ``RolloutConfig``."""
+def sampling_params(config: RolloutConfig, encoder: PromptEncoder) -> SamplingParams:
+    """Training's sampling settings."""
     return SamplingParams(temperature=config.temperature, top_p=config.top_p, greedy=False,
                           max_tokens=config.max_completion_tokens, stop_token_ids=encoder.stop_token_ids)

@@ -6,7 +6,7 @@ from typing import Any
 
 from copd_megatron.config.run import RunConfig
 from copd_megatron.trainer.build import build_policies, run_state
-from copd_megatron.trainer.evaluator import BASE, evaluation_rows, mode_of
+from copd_megatron.trainer.evaluator import evaluation_rows, mode_of
 from copd_megatron.trainer.merge import all_policies
 
 
@@ -28,10 +28,9 @@ def evaluate_run(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
         state, checkpoints = run_state(config, run_dir, policies)
         checkpoints.load_latest(state)
         step = state.step
-    base = evaluator.evaluate([None], experts, prompts)[BASE]
-    rows = {BASE: {domain: answers.row() for domain, answers in base.items()}}
+    answers = evaluator.evaluate([None], experts, prompts)
     if run_dir is not None:
         with all_policies(policies.backbone.bank, policies.groups, experts, config.merge) as names:
-            rows |= evaluation_rows(evaluator.evaluate(names, experts, prompts), base)
+            answers |= evaluator.evaluate(names, experts, prompts)
     return {"step": step, "mode": mode_of(config.evaluation), "samples": config.evaluation.samples,
-            "policies": rows}
+            "policies": evaluation_rows(answers)}

@@ -43,9 +43,13 @@ class Answers:
         return {"avg": average, "pass": float((scores >= 1).any(1).mean()), "n": len(scores), "low": low,
                 "high": high, "parseable": float(np.mean(self.parseable)), "length": float(np.mean(self.lengths))}
 
+    def per_prompt(self) -> list[float]:
+        """[prompts] accuracy of each, mean over its samples."""
+        return [sum(scores) / len(scores) for scores in self.correct]
+
     def gain(self, base: Answers) -> dict[str, float]:
         """Mean gain over ``base`` on the same prompts, and its paired bootstrap 95 % interval."""
-        return dict(zip(("gain", "gain_low", "gain_high"), paired_bootstrap(self.correct, base.correct)))
+        return dict(zip(("gain", "gain_low", "gain_high"), paired_bootstrap(self.per_prompt(), base.per_prompt())))
 
 
 def effective_count(scores_PK: np.ndarray) -> float:
@@ -60,11 +64,11 @@ def effective_count(scores_PK: np.ndarray) -> float:
     return prompts * float(np.clip(worth, 1.0, samples))
 
 
-def paired_bootstrap(after: Sequence[Sequence[float]], before: Sequence[Sequence[float]], seed: int = 0,
+def paired_bootstrap(after: Sequence[float], before: Sequence[float], seed: int = 0,
                      rounds: int = 2000) -> tuple[float, float, float]:
-    """Mean gain of ``after`` over ``before``, both [prompts][samples] on the same prompts, with the 95 % interval
-    from resampling prompts (Efron 1979)."""
-    gains = np.mean(after, 1) - np.mean(before, 1)
+    """Mean gain of ``after`` over ``before``, accuracies of the same prompts, with the 95 % interval from
+    resampling prompts (Efron 1979)."""
+    gains = np.subtract(after, before)
     rng = np.random.default_rng(seed)
     # By rounds, not as one [rounds, prompts] array: an evaluation may have 100,000 prompts.
     means = [gains[rng.integers(0, len(gains), len(gains))].mean() for _ in range(rounds)]
@@ -115,10 +119,10 @@ class Evaluator:
         return table
 
 
-def evaluation_rows(results: Mapping[str, Mapping[str, Answers]],
-                    base: Mapping[str, Answers]) -> dict[str, dict[str, dict[str, float]]]:
-    """policy -> domain -> row with its gain over ``base``, as evaluations.jsonl and the tables hold it."""
-    return {policy: {domain: {**answers.row(), **answers.gain(base[domain])} for domain, answers in by_domain.items()}
+def evaluation_rows(results: Mapping[str, Mapping[str, Answers]]) -> dict[str, dict[str, dict[str, float]]]:
+    """policy -> domain -> row, with its gain unless it is the base, as evaluations.jsonl and the tables hold it."""
+    return {policy: {domain: own.row() | ({} if policy == BASE else own.gain(results[BASE][domain]))
+                     for domain, own in by_domain.items()}
             for policy, by_domain in results.items()}
 
 

@@ -93,17 +93,17 @@ class Milestones:
     def finished(self) -> None:
         """Save, final evaluation, merged export, summary, report."""
         self._save()
-        rows = self._evaluate(self.config.evaluation.final_prompts, final=True)
+        rows, answers = self._evaluate(self.config.evaluation.final_prompts, final=True)
         if self.config.checkpoint.export_merged and self.config.adapter.scope == "sequence":
             with self.timers("save"), self._all_policies():
                 self.checkpoints.export_merged(self.state, MERGED, self.run_dir / "merged")
-        self._summarise(rows)
+        self._summarise(rows, answers)
         self._report("finished")
 
     def _all_policies(self) -> AbstractContextManager[list[str]]:
         return all_policies(self.state.bank, self.groups, list(self.config.experts), self.config.merge)
 
-    def _evaluate(self, prompts: int, final: bool = False) -> Rows:
+    def _evaluate(self, prompts: int, final: bool = False) -> tuple[Rows, dict[str, dict[str, Answers]]]:
         """Evaluate all policies and record the table; the backbone's answers never change, so they are kept."""
         experts, step = list(self.config.experts), self.state.step
         with self.timers("evaluation"):
@@ -111,15 +111,15 @@ class Milestones:
                 self._base[prompts] = self.evaluator.evaluate([None], experts, prompts)[BASE]
             base = self._base[prompts]
             with self._all_policies() as policies:
-                answers = self.evaluator.evaluate(policies, experts, prompts)
-        rows = {BASE: {domain: own.row() for domain, own in base.items()}, **evaluation_rows(answers, base)}
+                answers = {BASE: base, **self.evaluator.evaluate(policies, experts, prompts)}
+        rows = evaluation_rows(answers)
         mode, samples = mode_of(self.config.evaluation), self.config.evaluation.samples
         self.recorder.log_evaluation(step, rows, mode, samples)
         if not final:  # the last table is printed below the display, where it stays
             self.progress.evaluation({"step": step, "policies": rows, "mode": mode, "samples": samples})
         self._keep_best(rows[MERGED])
         self._report("running")
-        return rows
+        return rows, answers
 
     def _keep_best(self, merged: Mapping[str, Mapping[str, float]]) -> None:
         """Export the merged policy if its mean accuracy is the best so far."""
@@ -140,7 +140,9 @@ class Milestones:
         self._saved_at = self.state.step
         self.progress.note(f"saved {path}")
 
-    def _summarise(self, rows: Rows) -> None:
+    def _summarise(self, rows: Rows, answers: Mapping[str, Mapping[str, Answers]]) -> None:
+        """summary.json, the final table, and held_out.json: accuracies prompt by prompt, to compare policies and
+        runs on the same questions."""
         if not self.groups.is_main:
             return
         trained_s = self.state.train_s + time.monotonic() - self.state.started
@@ -149,6 +151,9 @@ class Milestones:
                    "held_out": {domain: int(row["n"]) for domain, row in rows[BASE].items()},
                    "train_s": round(trained_s, 3), "seed": self.config.seed}
         replace_file(self.run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        by_prompt = {policy: {domain: own.per_prompt() for domain, own in by_domain.items()}
+                     for policy, by_domain in answers.items()}
+        replace_file(self.run_dir / "held_out.json", (json.dumps(by_prompt) + "\n").encode())
         self.progress.close()
         print(policy_table_text({"policies": rows, "mode": mode_of(self.config.evaluation)}), flush=True)
         print(f"report: {self.run_dir / 'report.html'}", flush=True)

@@ -1,8 +1,10 @@
-"""What training would see: rendered prompts, sampled answers and how they are graded, before any GPU-hour is spent."""
+"""``copd preview``: what training would see: rendered prompts, sampled answers and how they are graded."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +18,10 @@ from copd_megatron.types import Completion, Media, Prompt
 
 SHADES = " .:-=+*#%@"
 """Dark to bright, for media drawn in characters."""
+MOST_FRAMES, MOST_COLUMNS = 6, 32
+"""Frames of a video that are drawn, and characters across an image or frame."""
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7f: 0x2421}
+"""Control characters as their pictures: what a model says must not steer the terminal."""
 LEGEND = ("prompt", "dim"), ("media", "cyan"), ("adapted span", "underline"), ("carries loss", "bold green"), \
          ("environment", "yellow")
 
@@ -30,8 +36,8 @@ def preview(config: RunConfig, count: int, console: Console | None = None) -> No
     console = console or Console(quiet=not groups.is_main, highlight=False)
     params = sampling_params(config.rollout, encoder)
     console.print(Text.assemble("colours: ", *(part for text, style in LEGEND for part in ((text, style), "  "))))
-    table = Table("domain", "prompts", "pass rate", "reward", "parseable", "prompt tokens", "answer tokens",
-                  "truncated")
+    table = Table("domain", "prompts", "pass", "reward", "parsed", "prompt len", "answer len", "cut",
+                  caption="means over all answers; lengths in tokens", caption_justify="left")
     for domain in config.experts:
         prompts = [policies.source.train(domain, i) for i in range(count)]
         # The backbone answers: fresh experts are the backbone, and it lives on every replica.
@@ -48,7 +54,7 @@ def _show(console: Console, config: RunConfig, encoder: PromptEncoder, prompt: P
     console.rule(f"{prompt.domain}  {prompt.key}")
     console.print(render_tokens(encoder, prompt, group[0], config.adapter.scope), soft_wrap=True)
     for media in prompt.item.media:
-        console.print(draw(media), style="cyan")
+        console.print(draw(media, console.width), end="")
     console.print(f"truth: {prompt.item.answer!r}")
     for completion in group:
         parts = "  ".join(f"{name} {value:g}" for name, value in completion.reward_parts.items())
@@ -57,26 +63,41 @@ def _show(console: Console, config: RunConfig, encoder: PromptEncoder, prompt: P
 
 
 def render_tokens(encoder: PromptEncoder, prompt: Prompt, completion: Completion, scope: str) -> Text:
-    """Prompt and completion token by token, special tokens shown; styles as in ``LEGEND``."""
-    text, visual = Text(), set(prompt.visual_index.tolist())
-    adapted_from = len(prompt.token_ids) - prompt.header_tokens if scope == "completion" else 0
-    for index, token in enumerate(encoder.token_texts(prompt.token_ids.tolist())):
-        style = "cyan" if index in visual else "dim"
-        text.append(token, f"{style} underline" if index >= adapted_from else style)
+    """Prompt and completion token by token, special tokens shown, runs of visual tokens as "token x count"; styles
+    as in ``LEGEND``."""
+    text, ids = Text(), prompt.token_ids.tolist()
+    visual = set(prompt.visual_index.tolist())
+    adapted_from = len(ids) - prompt.header_tokens if scope == "completion" else 0
+    shown = encoder.token_texts(ids)
+    # A picture is hundreds of equal tokens.
+    for (is_visual, adapted, _), run in groupby(
+            range(len(ids)), key=lambda i: (i in visual, i >= adapted_from, -1 if i in visual else i)):
+        places = list(run)
+        times = f" x {len(places)}" if is_visual else ""
+        style = ("cyan" if is_visual else "dim") + (" underline" if adapted else "")
+        text.append(shown[places[0]].translate(VISIBLE) + times, style)
     for token, learns in zip(encoder.token_texts(completion.token_ids), completion.loss_mask):
-        text.append(token, "bold green underline" if learns else "yellow underline")
+        text.append(token.translate(VISIBLE), "bold green underline" if learns else "yellow underline")
     return text
 
 
-def draw(media: Media, width: int = 32) -> str:
-    """An image, or a video's frames side by side, in characters."""
+def draw(media: Media, width: int = 80) -> Text:
+    """An image, or up to ``MOST_FRAMES`` frames of a video side by side, in coloured characters."""
     frames = media.pixels if media.kind == "video" else media.pixels[None]
-    step = max(1, frames.shape[2] // width)
+    frames = frames[np.linspace(0, len(frames) - 1, min(len(frames), MOST_FRAMES)).round().astype(int)]
+    columns = max(1, min(frames.shape[2], MOST_COLUMNS, (width + 2) // len(frames) - 2))
     # A character is about twice as high as wide.
-    grey = frames[:, ::2 * step, ::step].mean(-1) / 256
-    rows = ["  ".join("".join(SHADES[int(v * len(SHADES))] for v in frame[y]) for frame in grey)
-            for y in range(grey.shape[1])]
-    return "\n".join(rows)
+    lines = max(1, round(frames.shape[1] / frames.shape[2] * columns / 2))
+    down, across = (np.arange(count) * size // count for count, size in zip((lines, columns), frames.shape[1:3]))
+    text = Text()
+    for line in frames[:, down][:, :, across].swapaxes(0, 1):
+        for frame in line:
+            for red, green, blue in frame.tolist():
+                shade = SHADES[(red + green + blue) * len(SHADES) // (3 * 256)]
+                text.append(shade, f"rgb({red},{green},{blue})")
+            text.append("  ")
+        text.append("\n")
+    return text
 
 
 def _summary(prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[str]:
