@@ -1,6 +1,6 @@
-"""A policy merged into dense weights: W + scaling B A, as a Hugging Face directory. Scope ``sequence`` only.
+"""A policy merged into dense weights, W + scaling B A, as a Hugging Face directory. Scope ``sequence`` only.
 
-Weights stream shard by shard: one file of the backbone is in memory at a time.
+Weights stream file by file: one file of the backbone is in memory at a time.
 """
 from __future__ import annotations
 
@@ -14,59 +14,56 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from copd_megatron.model.adapter_bank import AdapterBank
+from copd_megatron.checkpoint.whole_folder import whole_folder
 from copd_megatron.model.safetensor_reader import check_files
-from copd_megatron.model.translate import TEXT_PREFIX
 from copd_megatron.types import UserError
 
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+"""Endings of files that hold the backbone's weights, which the merged directory must not repeat."""
 
-def save_merged(folder: Path, backbone: Path, factors: Mapping[str, Tensor], scaling: float, bank: AdapterBank) -> None:
-    """Write the merged directory, whole or not at all. One rank calls it.
 
-    The delta is computed in float32 (float64 for float64 weights) and rounded once to the dtype of the weight.
+def save_merged(folder: Path, backbone: Path, factors: Mapping[str, Tensor], scaling: float,
+                prefix: str) -> None:
+    """Write the merged directory, whole or not at all; every other file is the backbone's. One rank calls it.
+
+    The delta is computed in float32 (float64 for float64 weights) and rounded once to the dtype of the
+    weight; a weight whose delta is zero keeps its bits.
+
+    Args:
+        factors: full factors by name, see ``peft.full_factors``.
+        prefix: what precedes "layers." in the backbone's weight names, see ``translate.TEXT_PREFIX``.
 
     Raises:
-        UserError: scope ``completion``, whose adapted span depends on the prompt; or the disk is full.
+        UserError: the disk refuses, or an adapter has no weight in the backbone.
     """
-    if bank.config.scope == "completion":
-        raise UserError("adapter.scope: completion never merges into dense weights, because the prompt is not "
-                        "adapted; export it as activated LoRA (the PEFT folders of each save), or train with "
-                        "adapter.scope=sequence")
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    used: set[str] = set()
-    try:
+    unused = {f"{prefix}{name.rsplit('.', 1)[0]}.weight" for name in factors}
+    adapted = len(unused)
+    with whole_folder(folder, "the merged model") as partial:
         for file in sorted({entry.file for entry in check_files(backbone).values()}):
             with safe_open(file, framework="pt") as source:
-                tensors = {name: _merged(name, source.get_tensor(name), factors, scaling, bank, used)
+                tensors = {name: _merged(name, source.get_tensor(name), factors, scaling, prefix)
                            for name in source.keys()}
-                save_file(tensors, partial / file.name, metadata=source.metadata() or {"format": "pt"})
+                unused -= tensors.keys()
+                # transformers refuses files that do not name their framework.
+                metadata = {"format": "pt", **(source.metadata() or {})}
+                save_file(tensors, partial / file.name, metadata=metadata)
+        if unused:
+            raise UserError(f"{folder}: {min(unused)} has an adapter but is not in {backbone}; adapters and "
+                            "backbone must belong together; give the backbone of the run")
+        # Last, so that no unfinished folder has a config.json.
         for file in backbone.iterdir():
-            if file.is_file() and file.suffix != ".safetensors":
-                shutil.copy2(file, partial / file.name)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder}: the merged model could not be written ({error}); free space or mend the disk; "
-                        "nothing was left half-written") from error
-    missing = {name.rsplit(".", 1)[0] for name in factors} - used
-    if missing:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder}: {sorted(missing)[0]} has an adapter but no weight in {backbone}; "
-                        "check that they belong together")
-    (partial / "merge.json").write_text(json.dumps({"backbone": str(backbone), "scaling": scaling,
-                                                    "adapted": len(used)}, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+            if file.is_file() and file.suffix not in WEIGHT_FILES:
+                shutil.copyfile(file, partial / file.name)
+        about = {"backbone": str(backbone), "adapted_weights": adapted}
+        (partial / "merge.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def _merged(name: str, weight: Tensor, factors: Mapping[str, Tensor], scaling: float, bank: AdapterBank,
-            used: set[str]) -> Tensor:
+def _merged(name: str, weight: Tensor, factors: Mapping[str, Tensor], scaling: float, prefix: str) -> Tensor:
     """The weight with its adapter's delta, if it has one."""
-    key = name.removeprefix(TEXT_PREFIX[bank.spec.family]).removesuffix(".weight")
+    key = name.removeprefix(prefix).removesuffix(".weight")
     if f"{key}.lora_A" not in factors:
         return weight
-    used.add(key)
     wide = torch.promote_types(weight.dtype, torch.float32)
     delta = scaling * (factors[f"{key}.lora_B"].to(wide) @ factors[f"{key}.lora_A"].to(wide))
-    return (weight.to(wide) + delta).to(weight.dtype)
+    # Adding a zero delta would turn -0.0 into 0.0.
+    return (weight.to(wide) + delta).to(weight.dtype) if delta.any() else weight

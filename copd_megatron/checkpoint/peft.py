@@ -1,126 +1,196 @@
 """Policies as PEFT adapter folders: LoRA for scope ``sequence``, activated LoRA for scope ``completion``.
 
 A folder holds adapter_config.json and adapter_model.safetensors with full (unsharded) factors under Hugging
-Face names; ``peft.PeftModel.from_pretrained(model, folder)`` loads it.
+Face names; ``peft.PeftModel.from_pretrained(model, folder)`` loads it. Activated LoRA: Greenewald et al.
+2025, arXiv:2504.12397; PEFT adapts from the last invocation tokens of the input on, as scope ``completion``
+does.
 """
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from copd_megatron.config.model import AdapterConfig
-from copd_megatron.model.adapter_bank import AdapterBank
+from copd_megatron.checkpoint.whole_folder import whole_folder
+from copd_megatron.model.adapter_bank import MODULE_OF, AdapterBank
 from copd_megatron.model.translate import TEXT_PREFIX
 from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.types import UserError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PLAIN = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
-         "modules_to_save": None, "lora_bias": False, "trainable_token_indices": None, "target_parameters": None}
-"""Options of a PEFT config that an adapter here cannot express unless they have these values."""
+
+NEUTRAL = {
+    "alora_invocation_tokens", "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora",
+}
+"""Options of a PEFT config that are read here or do not change what a finished adapter computes."""
+
+PLAIN_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
+"""Values of other options that leave a LoRA plain; initialisations such as PiSSA change the backbone.
+Whatever is named neither here nor in NEUTRAL must be off: None, False or empty."""
+
+_FACTOR = re.compile(r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_[AB]")
 
 
 def full_factors(bank: AdapterBank, policy: str) -> dict[str, Tensor]:
-    """Unsharded factors of a policy by name, on the CPU; the same on every rank of the replica.
+    """Unsharded factors of a policy by name, on the CPU: A [r, in], B [out, r], in layer order.
 
-    Every rank of a replica calls it.
+    Every rank of a replica calls it; complete on ranks with tp 0, empty on the others.
     """
     groups, own = bank.groups, {}
     for name, parameter in bank.parameters_of(policy).items():
         data = parameter.detach()
         if parameter.tp_dim is not None and groups.layout.tp > 1:
             shards = [torch.empty_like(data) for _ in range(groups.layout.tp)]
-            dist.all_gather(shards, data.contiguous(), group=groups.tp)
+            dist.all_gather(shards, data, group=groups.tp)
             data = torch.cat(shards, parameter.tp_dim)
         own[name] = data.cpu()
-    if groups.layout.pp == 1:
-        return own
+    if groups.coords.tp > 0:
+        return {}
     return {name: factor for stage in all_gather_objects(own, groups.pp) for name, factor in stage.items()}
 
 
-def save_peft_adapter(folder: Path, factors: Mapping[str, Tensor], scaling: float, bank: AdapterBank,
-                      base_model: Path, invocation_token_ids: tuple[int, ...] | None) -> None:
+def save_peft_adapter(folder: Path, factors: Mapping[str, Tensor], scaling: float, prefix: str,
+                      backbone: Path, invocation_token_ids: Sequence[int] | None) -> None:
     """Write a PEFT folder, whole or not at all. One rank calls it.
 
     Args:
-        factors: full factors by name, see ``full_factors``.
+        factors: full factors by name, see ``full_factors``; all of one LoRA rank.
         scaling: of the policy; becomes lora_alpha / r.
+        prefix: what precedes "layers." in the backbone's weight names, see ``translate.TEXT_PREFIX``.
+        backbone: its directory, noted for readers that load it by themselves.
         invocation_token_ids: the generation header for scope ``completion``; None for plain LoRA.
-    """
-    from peft import LoraConfig
-
-    prefix = TEXT_PREFIX[bank.spec.family]
-    rank = next(f.shape[0] for name, f in factors.items() if name.endswith("lora_A"))
-    modules = "|".join(sorted({name.rsplit(".", 2)[1] for name in factors}))
-    config = LoraConfig(
-        r=rank, lora_alpha=rank * scaling, task_type="CAUSAL_LM", base_model_name_or_path=str(base_model),
-        inference_mode=True, target_modules=rf"{prefix.replace('.', chr(92) + '.')}layers\.({_layers(factors)})\..*\.({modules})",
-        alora_invocation_tokens=list(invocation_token_ids) if invocation_token_ids is not None else None)
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        config.save_pretrained(partial)
-        save_file({f"base_model.model.{prefix}{name}.weight": f.contiguous() for name, f in factors.items()},
-                  partial / WEIGHTS, metadata={"format": "pt"})
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder}: the adapter could not be written ({error}); free space or mend the disk; "
-                        "nothing was left half-written") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def _layers(factors: Mapping[str, Tensor]) -> str:
-    return "|".join(str(i) for i in sorted({int(name.split(".")[1]) for name in factors}))
-
-
-def load_peft_adapter(bank: AdapterBank, slot: str, folder: Path) -> None:
-    """Put a PEFT LoRA folder into the bank as a frozen policy.
 
     Raises:
-        UserError: files are missing or broken, an option that our adapters do not have, factors that do not fit.
+        UserError: the disk refuses.
+    """
+    config = _config(factors, scaling, backbone, invocation_token_ids)
+    tensors = {f"base_model.model.{prefix}{name}.weight": factor.contiguous()
+               for name, factor in factors.items()}
+    with whole_folder(folder, "the adapter") as partial:
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+
+
+def _config(factors: Mapping[str, Tensor], scaling: float, backbone: Path,
+            invocation_token_ids: Sequence[int] | None) -> dict[str, Any]:
+    """What adapter_config.json says. Only what differs from PEFT's defaults and what readers look for: older
+    versions stop at options that they do not know."""
+    rank = next(factor.shape[0] for name, factor in factors.items() if name.endswith("lora_A"))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(backbone),
+              "inference_mode": True, "r": rank, "lora_alpha": _alpha(scaling, rank), "lora_dropout": 0.0,
+              "bias": "none", "target_modules": sorted({name.split(".")[3] for name in factors}),
+              "layers_to_transform": sorted({int(name.split(".")[1]) for name in factors}),
+              "layers_pattern": "layers"}
+    if invocation_token_ids is not None:
+        config["alora_invocation_tokens"] = list(invocation_token_ids)
+    return config
+
+
+def _alpha(scaling: float, rank: int) -> int | float:
+    """alpha with alpha / rank = scaling: the round number that was meant, where rounding has blurred it."""
+    exact = scaling * rank
+    meant = float(f"{exact:.12g}")
+    alpha = meant if meant / rank == scaling else exact
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def load_peft_adapter(bank: AdapterBank, slot: str, folder: Path,
+                      invocation_token_ids: Sequence[int] | None = None) -> None:
+    """Put a PEFT LoRA folder into the bank as a frozen policy. Every rank calls it and reads the folder.
+
+    Args:
+        invocation_token_ids: the generation header; if given, an activated LoRA must start there too.
+
+    Raises:
+        UserError: files are missing or broken, an option that our adapters do not have, factors that do not
+            fit the backbone or the adapter section. The same on every rank.
     """
     where = f"adapter {folder}"
+    config, tensors = _read(folder, where)
+    _check_options(config, where)
+    _check_scope(config, bank.config.scope, invocation_token_ids, where)
+    prefix = f"base_model.model.{TEXT_PREFIX[bank.spec.family]}"
+    factors = {name.removeprefix(prefix).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
+    for name, factor in factors.items():
+        _check_factor(bank, name, factor, config["r"], where)
+    for name in factors:
+        other = name[:-1] + ("B" if name.endswith("A") else "A")
+        if other not in factors:
+            raise UserError(f"{where}: has {name} but not {other}; both are needed; save the adapter anew")
+    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    own = {name: bank.shard(name, factors[name]) for name in bank.factor_names() if name in factors}
+    bank.put(slot, own, scaling)
+
+
+def _read(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """adapter_config.json and the tensors."""
     try:
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
-    except Exception as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{where}: cannot be read ({error}); a PEFT folder holds {CONFIG} and {WEIGHTS}; "
                         "check the path") from error
+    sizes = isinstance(config, dict) and [config.get("r"), config.get("lora_alpha")]
+    if not sizes or not all(isinstance(size, int | float) and size > 0 for size in sizes):
+        raise UserError(f"{where}: {CONFIG} lacks r or lora_alpha; both are positive numbers; save the "
+                        "adapter anew")
+    if not tensors:
+        raise UserError(f"{where}: {WEIGHTS} is empty; a LoRA has factors; save the adapter anew")
+    return config, tensors
+
+
+def _check_options(config: Mapping[str, Any], where: str) -> None:
+    """Refuse whatever makes an adapter compute something else than W x + scaling B A x."""
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{where}: peft_type {config.get('peft_type')!r}; allowed is LORA; convert it")
-    for option, plain in PLAIN.items():
-        if config.get(option, plain) not in (plain, None, False, {}, []):
-            raise UserError(f"{where}: {option} is {config[option]!r}; allowed is {plain!r}; export a plain LoRA")
-    activated = bool(config.get("alora_invocation_tokens"))
-    if activated != (bank.config.scope == "completion"):
-        raise UserError(f"{where}: {'an activated' if activated else 'a plain'} LoRA under adapter.scope="
-                        f"{bank.config.scope}; scope sequence reads plain LoRA, scope completion activated LoRA; "
-                        "change adapter.scope or the adapter")
-    rank = config["r"]
-    scaling = config["lora_alpha"] / (rank ** 0.5 if config.get("use_rslora") else rank)
-    prefix = f"base_model.model.{TEXT_PREFIX[bank.spec.family]}"
-    factors = {name.removeprefix(prefix).removesuffix(".weight"): t for name, t in tensors.items()}
-    expected = {name for name in bank.factor_names()}
-    for name, factor in factors.items():
-        if not name.startswith("layers.") or not 0 <= int(name.split(".")[1]) < bank.spec.num_layers:
-            raise UserError(f"{where}: tensor {name!r} belongs to no layer of the backbone; check base and adapter")
-        if tuple(factor.shape) != bank.full_shape(name, rank):
-            raise UserError(f"{where}: {name} is {tuple(factor.shape)}; the backbone needs "
-                            f"{bank.full_shape(name, rank)}; check that both belong together")
-        if int(name.split(".")[1]) in bank.layers and name not in expected:
-            raise UserError(f"{where}: adapts {name}, which adapter.targets leaves out; add it to adapter.targets")
-    outside = [n for n in factors if int(n.split(".")[1]) < bank.config.first_layer]
-    if outside:
-        raise UserError(f"{where}: adapts layer {outside[0].split('.')[1]}, below adapter.first_layer="
-                        f"{bank.config.first_layer}; lower adapter.first_layer")
-    own = {name: bank.shard(name, factor) for name, factor in factors.items() if name in expected}
-    bank.put(slot, own, scaling)
+        raise UserError(f"{where}: peft_type {config.get('peft_type')!r}; allowed is 'LORA'; train or convert "
+                        "it to LoRA")
+    for option, value in config.items():
+        plain = value in PLAIN_VALUES[option] if option in PLAIN_VALUES else not value
+        if option not in NEUTRAL and not plain:
+            allowed = " or ".join(map(repr, PLAIN_VALUES.get(option, ("nothing",))))
+            raise UserError(f"{where}: {option} is {value!r}; allowed is {allowed}; export a plain LoRA")
+
+
+def _check_scope(config: Mapping[str, Any], scope: str, invocation_token_ids: Sequence[int] | None,
+                 where: str) -> None:
+    """Plain LoRA under scope sequence, activated LoRA with our invocation tokens under scope completion."""
+    tokens = config.get("alora_invocation_tokens")
+    if bool(tokens) != (scope == "completion"):
+        kind = "an activated" if tokens else "a plain"
+        raise UserError(f"{where}: {kind} LoRA under adapter.scope={scope}; scope sequence reads plain LoRA, "
+                        "scope completion activated LoRA; change adapter.scope or the adapter")
+    if tokens and invocation_token_ids is not None and list(tokens) != list(invocation_token_ids):
+        raise UserError(f"{where}: alora_invocation_tokens {list(tokens)}; the backbone's chat template starts "
+                        f"answers with {list(invocation_token_ids)}; use an adapter for this template")
+
+
+def _check_factor(bank: AdapterBank, name: str, factor: Tensor, rank: int, where: str) -> None:
+    """Refuse a factor that the backbone or the adapter section has no place for."""
+    match = _FACTOR.fullmatch(name)
+    if not match or MODULE_OF.get(match[3]) != match[2] or int(match[1]) >= bank.spec.num_layers:
+        raise UserError(f"{where}: tensor {name!r} belongs to no linear of the backbone (family "
+                        f"{bank.spec.family}, {bank.spec.num_layers} layers); adapter and backbone must belong "
+                        "together; check both paths")
+    if match[3] not in bank.config.targets:
+        raise UserError(f"{where}: adapts {match[3]}, which adapter.targets leaves out; allowed are "
+                        f"{', '.join(bank.config.targets)}; add it to adapter.targets")
+    if int(match[1]) < bank.config.first_layer:
+        raise UserError(f"{where}: adapts layer {match[1]}; allowed are layers from adapter.first_layer="
+                        f"{bank.config.first_layer} on; lower adapter.first_layer")
+    shape = bank.full_shape(name, rank)
+    if tuple(factor.shape) != shape:
+        raise UserError(f"{where}: {name} is {list(factor.shape)}; the backbone and r={rank} need "
+                        f"{list(shape)}; check that adapter and backbone belong together")
+    if not factor.is_floating_point() or not bool(torch.isfinite(factor).all()):
+        raise UserError(f"{where}: {name} holds NaN, infinity or integers; finite floats are needed; save the "
+                        "adapter anew")

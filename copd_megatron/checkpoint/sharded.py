@@ -1,15 +1,30 @@
 """Adapters and their Adam moments as Megatron's sharded tensors, named independently of the layout.
 
-Keys: ``adapters/{expert}/layers.3.mlp.up_proj.lora_A`` and ``optimizer/{expert}/{name}/exp_avg``. A checkpoint
-written under one layout can be read under any other, because every key stands for a full factor.
+Keys: ``adapters/{expert}/layers.3.mlp.up_proj.lora_A`` and ``optimizer/{expert}/{name}/exp_avg``. A
+checkpoint written under one layout can be read under any other, because every key stands for a full factor.
+
+The files are those of ``megatron.core.dist_checkpointing``, and its ``load`` reads them. Its ``save`` (0.19)
+is not used: it starts a helper process on every rank, which costs seconds and outlives a killed rank, and a
+rank that cannot write leaves the others waiting. PyTorch's writer, on which it builds, tells every rank.
 """
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
+from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 
 from copd_megatron.model.adapter_bank import AdapterBank
 
@@ -28,38 +43,69 @@ class Optimizer(Protocol):
         """Inverse of ``state_dict``."""
 
 
-def sharded_state(bank: AdapterBank, optimizers: dict[str, Optimizer], expert: str, with_moments: bool,
-                  ) -> dict[str, ShardedTensor]:
-    """This rank's shards of one hosted expert: its factors and, after the first update, its moments.
+def write_shards(folder: Path, bank: AdapterBank, optimizers: Mapping[str, Optimizer],
+                 updates: Mapping[str, int], world: ProcessGroup) -> None:
+    """Write every expert's factors and, from its first update on, its moments. Every rank calls it.
 
-    The tensors are the live ones when saving; ``dist_checkpointing.load`` fills fresh ones of their shape.
+    Raises:
+        OSError: on every rank, if any rank could not write.
     """
-    groups = bank.groups
-    replica = groups.placement.replicas_of(expert).index(groups.coords.replica)
-    moments = optimizers[expert].state_dict() if with_moments else {}
-    shards = {}
-    for name, parameter in bank.parameters_of(expert).items():
-        def sharded(key: str, data: Tensor, dim=parameter.tp_dim) -> ShardedTensor:
-            offsets = () if dim is None else ((dim, groups.coords.tp, groups.layout.tp),)
-            return ShardedTensor.from_rank_offsets(
-                key, data, *offsets, replica_id=(replica, groups.coords.tp if dim is None else 0))
+    shards = {key: [shard] for key, shard in _shards(bank, optimizers, updates).items()
+              if is_main_replica(shard.replica_id)}
+    if dist.get_rank(world) == 0:
+        nothing = ShardedObject("common_state", {}, (1,), (0,))  # dist_checkpointing.load insists on one
+        shards[nothing.unique_key] = [nothing]
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False,
+                               flatten_sharded_tensors=False)
+    try:
+        torch_checkpoint.save(mcore_to_pyt_state_dict(shards), planner=planner, process_group=world,
+                              storage_writer=torch_checkpoint.FileSystemWriter(folder))
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        if not isinstance(reason, OSError | RuntimeError):  # torch.save may turn the one into the other
+            raise
+        raise OSError(f"rank {rank}: {reason}") from error
+    if dist.get_rank(world) == 0:
+        save_config(CheckpointingConfig("torch_dist"), str(folder))
 
-        shards[f"adapters/{expert}/{name}"] = sharded(f"adapters/{expert}/{name}", parameter.detach())
-        if with_moments:
-            own = moments.get(name)
-            for moment in MOMENTS:
-                data = own[moment] if own is not None else torch.zeros_like(parameter)
-                shards[f"optimizer/{expert}/{name}/{moment}"] = sharded(f"optimizer/{expert}/{name}/{moment}", data)
+
+def read_shards(folder: Path, bank: AdapterBank, optimizers: Mapping[str, Optimizer],
+                updates: Mapping[str, int]) -> None:
+    """Fill this rank's hosted experts and their optimizers, in place, from what ``write_shards`` wrote."""
+    with warnings.catch_warnings():  # torch's remarks about how Megatron 0.19 calls it
+        warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
+        # The tensors given to ``load`` are filled in place, so the adapters need no copying afterwards.
+        loaded = dist_checkpointing.load(_shards(bank, optimizers, updates), str(folder),
+                                         validate_access_integrity=False)
+    for expert in bank.groups.hosted:
+        moments = {}
+        if count := updates[expert]:
+            moments = {name: {m: loaded[f"optimizer/{expert}/{name}/{m}"] for m in MOMENTS}
+                       | {"step": torch.tensor(float(count))} for name in bank.parameters_of(expert)}
+        optimizers[expert].load_state_dict(moments, count)
+
+
+def _shards(bank: AdapterBank, optimizers: Mapping[str, Optimizer], updates: Mapping[str, int],
+            ) -> dict[str, ShardedTensor]:
+    """This rank's shards of the experts it hosts, by key; moments that do not exist yet are zeros."""
+    shards = {}
+    for expert in bank.groups.hosted:
+        state = optimizers[expert].state_dict()
+        for name, parameter in bank.parameters_of(expert).items():
+            tensors = {f"adapters/{expert}/{name}": parameter.detach()}
+            if updates[expert]:
+                moments = state.get(name) or {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+                tensors |= {f"optimizer/{expert}/{name}/{moment}": moments[moment] for moment in MOMENTS}
+            for key, tensor in tensors.items():
+                shards[key] = _shard(bank, expert, key, tensor, parameter.tp_dim)
     return shards
 
 
-@torch.no_grad()
-def restore(bank: AdapterBank, optimizer: Optimizer, expert: str, loaded: dict[str, Tensor], updates: int) -> None:
-    """Put loaded shards into the bank and the optimizer of one expert."""
-    state = {}
-    for name, parameter in bank.parameters_of(expert).items():
-        parameter.copy_(loaded[f"adapters/{expert}/{name}"])
-        if updates:
-            state[name] = {m: loaded[f"optimizer/{expert}/{name}/{m}"].clone() for m in MOMENTS}
-            state[name]["step"] = torch.tensor(float(updates))
-    optimizer.load_state_dict(state, updates)
+def _shard(bank: AdapterBank, expert: str, key: str, data: Tensor, tp_dim: int | None) -> ShardedTensor:
+    """One tensor of this rank, placed in its full tensor; copies on other ranks have other replica ids."""
+    groups = bank.groups
+    coords = groups.coords
+    host = groups.placement.replicas_of(expert).index(coords.replica)
+    place = () if tp_dim is None else ((tp_dim, coords.tp, groups.layout.tp),)
+    copy = (host, coords.cp, coords.tp if tp_dim is None else 0)
+    return ShardedTensor.from_rank_offsets(key, data.detach(), *place, replica_id=copy)

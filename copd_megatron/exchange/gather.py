@@ -19,29 +19,36 @@ from copd_megatron.parallel.groups import Groups
 def gathered_adapters(bank: AdapterBank, groups: Groups, experts: Sequence[str]) -> Iterator[None]:
     """Within the block every replica holds every expert; foreign ones are frozen copies of this moment.
 
-    Every rank enters it together.
+    Every rank enters it together. Blocks do not nest.
     """
     foreign = []
-    for expert in experts:
-        owner = groups.placement.replicas_of(expert)[0]
-        if groups.layout.replicas == len(groups.placement.replicas_of(expert)):
-            continue
-        hosted = expert in groups.hosted
-        shapes = [(name, bank.local_shape(name, bank.config.rank)) for name in bank.factor_names()]
-        total = sum(a * b for _, (a, b) in shapes)
-        if hosted:
-            parameters = bank.parameters_of(expert)
-            flat = torch.cat([parameters[name].detach().reshape(-1) for name, _ in shapes])
-        else:
-            flat = torch.empty(total, dtype=bank.dtype, device=bank.device)
-        dist.broadcast(flat, group=groups.exchange, group_src=owner)
-        if not hosted:
-            pieces = flat.split([a * b for _, (a, b) in shapes])
-            bank.put(expert, {name: piece.view(shape) for (name, shape), piece in zip(shapes, pieces)},
-                     bank.config.alpha / bank.config.rank)
-            foreign.append(expert)
     try:
+        for expert in experts:
+            if len(groups.placement.replicas_of(expert)) == groups.layout.replicas:
+                continue
+            if expert not in groups.hosted:
+                foreign.append(expert)
+            _share(bank, groups, expert)
         yield
     finally:
         for expert in foreign:
             bank.remove(expert)
+
+
+def _share(bank: AdapterBank, groups: Groups, expert: str) -> None:
+    """Broadcast one expert's shards from the first replica that hosts it; the others keep a copy."""
+    hosted = expert in groups.hosted
+    shapes = {name: bank.local_shape(name, bank.config.rank) for name in bank.factor_names()}
+    sizes = [rows * cols for rows, cols in shapes.values()]
+    if hosted:
+        parameters = bank.parameters_of(expert)
+        pieces = [parameters[name].detach().flatten() for name in shapes]
+    else:
+        pieces = [torch.empty(size, dtype=bank.dtype, device=bank.device) for size in sizes]
+    if pieces:  # stages below the first adapted layer have none
+        flat = torch.cat(pieces)
+        dist.broadcast(flat, group=groups.exchange, group_src=groups.placement.replicas_of(expert)[0])
+        pieces = flat.split(sizes)
+    if not hosted:
+        bank.put(expert, {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces)},
+                 bank.config.alpha / bank.config.rank)
