@@ -21,6 +21,9 @@ from copd_megatron.types import Media, TaskItem, UserError
 HELD_OUT_ONE_IN = 4
 """One question in this many is held out."""
 
+MOST_REPEATS = 500
+"""So many repeated questions in a row mean that a family is exhausted."""
+
 LEVELS = (1, 2, 3)
 """Difficulty levels every family knows, easiest first."""
 
@@ -124,14 +127,17 @@ class ProceduralTask(ABC):
     def _held_out(self) -> list[tuple[str, int, Question]]:
         """The first ``held_out_size`` different questions of the held-out stream."""
         seen: dict[bytes, tuple[str, int, Question]] = {}
-        for draws, candidate in enumerate(self._candidates("held_out", 0)):
+        repeats = 0
+        for candidate in self._candidates("held_out", 0):
+            known = len(seen)
             seen.setdefault(content_hash(candidate[2]), candidate)
             if len(seen) == self.held_out_size:
-                return list(seen.values())
-            if draws > 50 * self.held_out_size:
-                raise UserError(f"task_args.held_out_size: {self.held_out_size} was given; only about {len(seen)} "
-                                "different questions of these kinds and levels exist; lower it or add levels")
-        raise AssertionError("candidates never end")
+                break
+            repeats = repeats + 1 if len(seen) == known else 0
+            if repeats == MOST_REPEATS:
+                raise UserError(f"task_args.held_out_size: {self.held_out_size} was given; only about {known} "
+                                "different questions of these kinds and levels exist; lower it, or add kinds or levels")
+        return list(seen.values())
 
     def _to_item(self, split: Split, index: int, kind: str, level: int, question: Question) -> TaskItem:
         text = f"{question.text} {self.instruction}".strip()

@@ -22,7 +22,7 @@ SHAPES = ("square", "circle", "triangle")
 
 @dataclass(frozen=True)
 class Shape:
-    """One drawn shape. Example: ``Shape("circle", "red", (8.0, 24.0), 5)`` sits in the second cell of the left column."""
+    """One drawn shape. Example: ``Shape("circle", "red", (8.0, 24.0), 5)`` is in the second cell of the left column."""
 
     form: str
     colour: str

@@ -24,24 +24,25 @@ CELLS = GRID * GRID
 SIDE = GRID * CELL_PIXELS
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 ORDINALS = ("first", "second", "third", "last")
+MOST_COUNTED = 2 * FRAMES
 _COLOURS = tuple(COLOURS)
 
 
 def direction_of_motion(rng: np.random.Generator, level: int) -> Question:
-    """Where a shape moves; at level 2 another form stands still, at level 3 it moves, too."""
-    forms = [SHAPES[i] for i in rng.permutation(len(SHAPES))]
+    """Where a shape moves; at level 2 another one stands still, at level 3 it moves, too."""
+    asked, other, *_ = _shuffled_colours(rng)
     names = list(DIRECTIONS)
-    answer, other = (names[i] for i in rng.integers(len(names), size=2))
-    tracks = [_straight_track(rng, forms[0], DIRECTIONS[answer])]
+    answer, distraction = (names[i] for i in rng.integers(len(names), size=2))
+    tracks = [_straight_track(rng, asked, DIRECTIONS[answer])]
     if level > 1:
-        tracks.insert(0, _straight_track(rng, forms[1], DIRECTIONS[other] if level > 2 else (0, 0)))
+        tracks.insert(0, _straight_track(rng, other, DIRECTIONS[distraction] if level > 2 else (0, 0)))
     frames = [[track[t] for track in tracks] for t in range(FRAMES)]
-    return _ask(rng, f"where does the {forms[0]} move?", answer, frames)
+    return _ask(rng, f"where does {asked} move?", answer, frames)
 
 
 def order_of_colours(rng: np.random.Generator, level: int) -> Question:
     """A shape shows four different colours in turn; from level 2 on it also jumps between ``level`` cells."""
-    colours = [_COLOURS[i] for i in rng.permutation(len(_COLOURS))[:FRAMES]]
+    colours = _shuffled_colours(rng)[:FRAMES]
     form = SHAPES[rng.integers(len(SHAPES))]
     cells = rng.permutation(CELLS)[:level]
     asked = int(rng.integers(FRAMES))
@@ -50,28 +51,29 @@ def order_of_colours(rng: np.random.Generator, level: int) -> Question:
 
 
 def count_over_frames(rng: np.random.Generator, level: int) -> Question:
-    """How many shapes of one form appear in all, up to two in a frame, beside up to level - 1 of other forms."""
-    form = SHAPES[rng.integers(len(SHAPES))]
-    others = [other for other in SHAPES if other != form]
-    total = int(rng.integers(0, 2 * FRAMES + 1))
-    slots = rng.permutation(2 * FRAMES)[:total]
+    """How many shapes of one colour appear in all, up to two in a frame, beside up to level - 1 others."""
+    asked, *others = _shuffled_colours(rng)
+    total = int(rng.integers(0, MOST_COUNTED + 1))
+    slots = rng.permutation(MOST_COUNTED)[:total]
     frames = []
     for t in range(FRAMES):
-        forms = [form] * int(np.sum(slots // 2 == t))
-        forms += [others[i] for i in rng.integers(len(others), size=rng.integers(0, level))]
-        cells = rng.permutation(CELLS)
-        frames.append([shape_in_cell(rng, name, _COLOURS[rng.integers(len(_COLOURS))], cell, GRID, 6)
-                       for name, cell in zip(forms, cells)])
-    return _ask(rng, f"how many {form}s in all?", str(total), frames)
+        colours = [asked] * int(np.sum(slots % FRAMES == t))
+        colours += [others[i] for i in rng.integers(len(others), size=rng.integers(0, level))]
+        frames.append([shape_in_cell(rng, SHAPES[rng.integers(len(SHAPES))], colour, cell, GRID, 6)
+                       for colour, cell in zip(colours, rng.permutation(CELLS))])
+    return _ask(rng, f"how many {asked} shapes in all?", str(total), frames)
 
 
-def _straight_track(rng: np.random.Generator, form: str, step: tuple[int, int]) -> list[Shape]:
+def _shuffled_colours(rng: np.random.Generator) -> list[str]:
+    return [_COLOURS[i] for i in rng.permutation(len(_COLOURS))]
+
+
+def _straight_track(rng: np.random.Generator, colour: str, step: tuple[int, int]) -> list[Shape]:
     """One shape per frame, moving by 4 to 6 pixels a frame and staying inside the picture."""
     radius, speed = 5, int(rng.integers(4, 7))
     travel = speed * (FRAMES - 1)
-    start = [int(rng.integers(radius + travel * (direction < 0), SIDE - radius - travel * (direction > 0) + 1))
-             for direction in step]
-    colour = _COLOURS[rng.integers(len(_COLOURS))]
+    start = [int(rng.integers(radius + travel * (way < 0), SIDE - radius - travel * (way > 0) + 1)) for way in step]
+    form = SHAPES[rng.integers(len(SHAPES))]
     return [Shape(form, colour, (start[0] + step[0] * speed * t, start[1] + step[1] * speed * t), radius)
             for t in range(FRAMES)]
 
@@ -90,4 +92,4 @@ class VideoTask(ProceduralTask):
 
     @property
     def answers(self) -> tuple[str, ...]:
-        return (*DIRECTIONS, *_COLOURS, *"0123456789")
+        return (*DIRECTIONS, *_COLOURS, *(str(count) for count in range(MOST_COUNTED + 1)))
