@@ -1,0 +1,104 @@
+"""The quickstart over several seeds, with its controls: the tables of the README, from one command.
+
+    python tools/quickstart_study.py --out runs/study --json docs/results/quickstart.json
+
+Runs, one after another: seeds 0, 1, 2; the same steps with distillation off; shuffled rewards; and an evaluation of
+the first seed's policies on blank pictures. Runs that are finished already are not run again.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from copd_megatron.trainer.evaluator import paired_bootstrap  # noqa: E402
+
+DOMAINS = ("text", "image", "video")
+SHUFFLED = [f"experts.{d}.rewards.accuracy.function=quickstart_controls:shuffled_accuracy" for d in DOMAINS]
+BLANK = ["experts.image.task=quickstart_controls:blank_image", "experts.video.task=quickstart_controls:blank_video"]
+
+
+def copd(*arguments: str) -> None:
+    """Run one copd command of this checkout."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "examples")])}
+    subprocess.run([sys.executable, "-m", "copd_megatron", *arguments], check=True, env=env, cwd=ROOT)
+
+
+def train(folder: Path, *overrides: str) -> Path:
+    """Train the quickstart into ``folder`` unless it is finished there."""
+    if not (folder / "summary.json").exists():
+        options = [part for o in overrides for part in ("--set", o)]
+        resume = ["--resume"] if (folder / "checkpoints").is_dir() else []
+        copd("train", "examples/quickstart.py", "--run-dir", str(folder), *options, *resume)
+    return folder
+
+
+def gains(folder: Path) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """policy -> domain -> gain over the backbone in points, with its paired bootstrap 95 % interval."""
+    held_out = json.loads((folder / "held_out.json").read_text())
+    return {p: {d: tuple(100 * x for x in paired_bootstrap(by[d], held_out["base"][d])) for d in by}
+            for p, by in held_out.items() if p != "base"}
+
+
+def overlap_around_opd(folder: Path) -> dict[str, float]:
+    """Mean pairwise top-10 overlap at the last RLVR step before and the last OPD step of each cycle."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    mean = lambda row: float(np.mean([v for k, v in row.items() if k.startswith("pair/") and k.endswith("overlap")]))  # noqa: E731
+    before = [mean(a) for a, b in zip(rows, rows[1:]) if a["phase"] == "rlvr" and b["phase"] == "opd"]
+    after = [mean(a) for a, b in zip(rows, [*rows[1:], {"phase": "rlvr"}])
+             if a["phase"] == "opd" and b["phase"] == "rlvr"]
+    return {"before_opd": float(np.mean(before)) if before else mean(rows[-1]),
+            "after_opd": float(np.mean(after)) if after else mean(rows[-1]), "end": mean(rows[-1])}
+
+
+def table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Markdown: one line per policy, gains as "+12.3 [10.1, 14.5]"."""
+    lines = ["| gain in points | " + " | ".join(DOMAINS) + " |", "|---|" + "---|" * len(DOMAINS)]
+    for name, by_domain in rows.items():
+        cells = [f"{g:+.1f} [{low:+.1f}, {high:+.1f}]" for g, low, high in (by_domain[d] for d in DOMAINS)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    out = options.out.resolve()
+    runs = {f"seed {s}": train(out / f"seed{s}", f"seed={s}") for s in options.seeds}
+    runs["OPD off"] = train(out / "opd_off", "exchange.topology=none")
+    runs["rewards shuffled"] = train(out / "shuffled", *SHUFFLED)
+    blank = out / "blank.json"
+    if not blank.exists():
+        first = out / f"seed{options.seeds[0]}"
+        copd("eval", str(first), *(p for o in BLANK for p in ("--set", o)), "--json", str(blank))
+    result = {"machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}", "runs": {}}
+    for name, folder in runs.items():
+        summary = json.loads((folder / "summary.json").read_text())
+        result["runs"][name] = {"summary": summary, "gains": gains(folder), "overlap": overlap_around_opd(folder)}
+        base = ", ".join(f"{d} {100 * summary['policies']['base'][d]:.1f} %" for d in DOMAINS)
+        print(f"\n{name}: base {base}; {summary['train_s']:.0f} s; overlap {result['runs'][name]['overlap']}")
+        print(table(result["runs"][name]["gains"]))
+    result["blank"] = {p: {d: row["avg"] for d, row in by.items()}
+                       for p, by in json.loads(blank.read_text())["policies"].items()}
+    print("\nblank pictures (accuracy):", json.dumps(result["blank"]))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
