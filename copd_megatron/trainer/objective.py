@@ -115,10 +115,10 @@ class Objective:
             if self.rlvr.kl_reference != "backbone":
                 reference = rows.joined([s.reference_logprobs for s in rows.samples], tokens.policy.detach())
             penalty = kl_estimate(tokens.policy, reference, self.rlvr.kl_estimator)
-            losses = losses + tokens.native * self.rlvr.kl_coef * penalty
+            losses = losses + self.rlvr.kl_coef * penalty * tokens.native
             columns["kl_penalty"] = penalty
         if self.rlvr.entropy_coef:
-            losses = losses - tokens.native * self.rlvr.entropy_coef * scores.entropy_T
+            losses = losses - self.rlvr.entropy_coef * scores.entropy_T * tokens.native
         return losses, columns
 
     def _divergence(self, rows: Rows, hidden_NH: Tensor, at_logprobs_NK: Tensor | None) -> Tensor | None:

@@ -7,7 +7,8 @@ from copd_megatron.types import Media, TaskItem
 
 
 class LetterTask:
-    """Reward: share of the answer's characters whose code is, modulo 3, the letter's. Endless, or ``count`` questions."""
+    """Reward: share of the answer's characters whose code is, modulo 3, the letter's. Endless, or ``count``
+    questions."""
 
     def __init__(self, letter: str = "a", media: str | None = None, count: int | None = None):
         self.letter, self.media, self.count = letter, media, count
