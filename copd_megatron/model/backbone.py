@@ -107,14 +107,17 @@ class Backbone(nn.Module):
         """
         hidden = self._enter(pack, visual)
         entered = self._input
+        level = None
         for layer, index in zip(self.layers, self.layer_range):
-            level = pack.level(index)
+            if pack.level(index) is not level:
+                level = pack.level(index)
+                angles = rotary_frequencies(self.spec, level.position_ids)
             if index == pack.first_layer and pack.fanout is not None:
                 hidden = [hidden[0].index_select(0, pack.fanout)]
             if len(hidden) != len(level.parts):
                 hidden = [hidden[0][part.rows] for part in level.parts]
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= pack.first_layer):
-                hidden = self._layer(layer, level, hidden, capture)
+                hidden = self._layer(layer, level, angles, hidden, capture)
                 hidden = self._add_deepstack(hidden, level, visual, index)
         out = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         self._input = None
@@ -156,10 +159,9 @@ class Backbone(nn.Module):
         """Whether what enters this stage needs no gradient."""
         return self.layer_range.start <= pack.first_layer
 
-    def _layer(self, layer: nn.Module, level: Level, hidden: list[Tensor],
+    def _layer(self, layer: nn.Module, level: Level, angles: Tensor, hidden: list[Tensor],
                capture: dict[int, KV] | None) -> list[Tensor]:
         """All parts of the stream through one layer: trunks without gradient first, then the rest."""
-        angles = rotary_frequencies(self.spec, level.position_ids)
         out, trunk_kv = [], None
         for number, (part, rows) in enumerate(zip(level.parts, hidden)):
             last = number == len(level.parts) - 1
