@@ -1,0 +1,306 @@
+"""Times one update three ways, and says how much of the gain that operations promise was reached.
+
+One update is N scorings (the G completions of one prompt under each of N experts) and one forward and backward of
+one expert, without weight gradients of the backbone: `naive` (every lane carries its own prompt), `per_expert`
+(completions share the prompt, one scoring pass per expert) and `shared` (all lanes of the group in one pass). All
+three run in this process on the same random backbone, through the trainer's packs, layers and head; their logits
+and adapter gradients are compared before anything is timed.
+
+    python tools/bench_update.py --prefix 256 --completion 32 --group 8 --experts 3 --scope completion
+    python tools/bench_update.py --sweep --repeats 3 --json sweep.json
+
+Runs are interleaved; the median counts. The prediction is `copd_megatron.simulate.flops`, attention, adapters and
+head included.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import copd_megatron.platform  # noqa: F401  (before any of Megatron)
+from copd_megatron.config.model import AdapterConfig, ModelConfig
+from copd_megatron.model.backbone import DTYPES, Backbone
+from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack
+from copd_megatron.model.spec import BackboneSpec, RopeSpec
+from copd_megatron.model.vocab_parallel import score, shard_logits
+from copd_megatron.parallel.groups import Groups
+from copd_megatron.parallel.layout import Layout
+from copd_megatron.parallel.placement import Placement
+from copd_megatron.platform import device
+from copd_megatron.simulate.flops import WAYS, UpdateShape, Way, update_flops
+from copd_megatron.types import Prompt, UserError
+
+SWEEP_LENGTHS = ((16384, 1024), (4096, 1024), (1024, 256), (1024, 1024), (1024, 4096), (1024, 8192))
+"""Prefix and completion of the map, from a long video to long reasoning."""
+TOLERANCE = {"float32": 1e-3, "float64": 1e-9, "bfloat16": 0.15}
+"""Largest difference of logits and of gradients, relative to the largest of them."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One completion under one expert."""
+
+    expert: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a way computed, in the order of experts and completions."""
+
+    logits: torch.Tensor
+    """[N x G x R, V] of the scoring passes."""
+    gradients: dict[str, torch.Tensor]
+    """Of the updated expert's adapters."""
+
+
+class Update:
+    """One update of a random backbone, ready to be run any way."""
+
+    def __init__(self, spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, groups: Groups, dtype: str,
+                 max_tokens: int):
+        self.shape, self.adapter, self.max_tokens = shape, adapter, max_tokens
+        self.experts = [f"expert{n}" for n in range(shape.experts)]
+        self.backbone = random_backbone(spec, adapter, groups, dtype, self.experts)
+        rng = np.random.default_rng(0)
+        self.prompt = random_prompt(rng, shape, spec.vocab_size)
+        self.completions = [tuple(ids) for ids in rng.integers(0, spec.vocab_size, (shape.group, shape.completion))]
+        self.weights = torch.from_numpy(rng.normal(size=shape.group * shape.completion)).float().to(device())
+
+    def run(self, way: Way) -> list[torch.Tensor]:
+        """Do it once; gradients are left in the adapters. Returns the hidden states of the scoring passes."""
+        self.backbone.zero_grad()
+        scored = []
+        for lanes in self._passes(way, scoring=True):
+            with torch.no_grad():
+                hidden, _ = self._evaluate(way, lanes)
+            scored.append(hidden)
+        start = 0
+        for lanes in self._passes(way, scoring=False):
+            _, logprobs = self._evaluate(way, lanes)
+            (self.weights[start:start + len(logprobs)] * logprobs).sum().backward()
+            start += len(logprobs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return scored
+
+    def outcome(self, way: Way) -> Outcome:
+        """Run once and keep what the ways must agree on."""
+        hidden = torch.cat(self.run(way))
+        with torch.no_grad():
+            logits = shard_logits(hidden, self.backbone.head)
+        updated = self.backbone.bank.parameters_of(self.experts[0])
+        return Outcome(logits, {name: p.grad.clone() for name, p in updated.items()})
+
+    def _passes(self, way: Way, scoring: bool) -> Iterator[list[Lane]]:
+        """Lanes that pass together. Only naive lanes, which share nothing, are split by ``max_tokens``."""
+        experts = self.experts if scoring else self.experts[:1]
+        together = [experts] if way == "shared" else [[e] for e in experts]
+        for some in together:
+            lanes = [Lane(e, ids) for e in some for ids in self.completions]
+            longest = self.shape.prefix + self.shape.completion - 1
+            size = max(1, self.max_tokens // longest) if way == "naive" else len(lanes)
+            yield from (lanes[i:i + size] for i in range(0, len(lanes), size))
+
+    def _evaluate(self, way: Way, lanes: Sequence[Lane]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states and log-probs of the completions' tokens, [lanes x R, H] and [lanes x R]."""
+        rules = replace(self.backbone.rules, sharing=way != "naive")
+        group = LeafGroup(self.prompt, [Leaf(lane.expert, lane.token_ids) for lane in lanes])
+        pack = build_pack([group], rules, device())
+        hidden = self.backbone(pack)
+        return hidden, score(hidden, self.backbone.head, pack.target_ids).logprobs_T
+
+
+def random_backbone(spec: BackboneSpec, adapter: AdapterConfig, groups: Groups, dtype: str,
+                    experts: Sequence[str]) -> Backbone:
+    """Weights that keep activations of order one; no adapter is zero, so that every gradient is exercised."""
+    backbone = Backbone(spec, groups, ModelConfig(path="-", dtype=dtype), adapter)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in backbone.named_parameters():
+        if "norm" in name:
+            parameter.data.fill_(1.0)
+        else:
+            scale = 1.0 if "embedding" in name else parameter.shape[-1] ** -0.5
+            parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    for expert in experts:
+        backbone.bank.add_expert(expert, seed=0)
+        for name, parameter in backbone.bank.parameters_of(expert).items():
+            if name.endswith("lora_B"):
+                parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return backbone
+
+
+def random_prompt(rng: np.random.Generator, shape: UpdateShape, vocab_size: int) -> Prompt:
+    """A text prompt of the shape's length."""
+    positions = np.broadcast_to(np.arange(shape.prefix), (3, shape.prefix)).copy()
+    return Prompt("bench", "bench", rng.integers(0, vocab_size, shape.prefix), positions, shape.prefix, None,
+                  np.zeros(0, np.int64), shape.header, "bench")
+
+
+def measure(spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, groups: Groups, dtype: str,
+            max_tokens: int, repeats: int) -> dict:
+    """One row: differences, times, ratios and the prediction. Raises ArithmeticError if the ways disagree."""
+    update = Update(spec, shape, adapter, groups, dtype, max_tokens)
+    row = {**asdict(shape), "scope": adapter.scope, "first_layer": adapter.first_layer}
+    row |= compare(update, TOLERANCE[dtype])
+    wall: dict[str, list[float]] = {way: [] for way in WAYS}
+    busy: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(repeats):
+        for way in WAYS:
+            start, used = time.perf_counter(), time.process_time()
+            update.run(way)
+            wall[way].append(time.perf_counter() - start)
+            busy[way].append(time.process_time() - used)
+    flops = {way: update_flops(way, shape, spec, adapter).total for way in WAYS}
+    for way in WAYS:
+        row |= {f"{way}_s": statistics.median(wall[way]), f"{way}_cpu_s": statistics.median(busy[way]),
+                f"{way}_flops": flops[way]}
+    row["ratio"] = row["naive_s"] / row["shared_s"]
+    row["cpu_ratio"] = row["naive_cpu_s"] / row["shared_cpu_s"]
+    row["predicted_ratio"] = flops["naive"] / flops["shared"]
+    row["share_of_prediction"] = row["ratio"] / row["predicted_ratio"]
+    row["per_expert_ratio"] = row["naive_s"] / row["per_expert_s"]
+    row["per_expert_predicted_ratio"] = flops["naive"] / flops["per_expert"]
+    return row
+
+
+def compare(update: Update, tolerance: float) -> dict[str, float]:
+    """Largest absolute differences from naive, which also warms everything up."""
+    naive = update.outcome("naive")
+    largest = {"logit": naive.logits.abs().max().item(),
+               "grad": max(g.abs().max().item() for g in naive.gradients.values())}
+    differ = {"logit": 0.0, "grad": 0.0}
+    for way in WAYS[1:]:
+        other = update.outcome(way)
+        differ["logit"] = max(differ["logit"], (naive.logits - other.logits).abs().max().item())
+        differ["grad"] = max(differ["grad"], *((g - other.gradients[name]).abs().max().item()
+                                               for name, g in naive.gradients.items()))
+    for what, value in differ.items():
+        if not value <= tolerance * largest[what]:
+            raise ArithmeticError(f"{what}s differ by {value:.2e} where the largest is {largest[what]:.2e}")
+    return {f"max_{what}_diff": value for what, value in differ.items()} | {
+        f"max_{what}": value for what, value in largest.items()}
+
+
+def machine() -> dict:
+    """Where this runs, and how busy it is."""
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    on_gpu = torch.cuda.is_available()
+    return {"device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "load": load, "torch": torch.__version__,
+            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line; defaults are sized for two CPU cores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, text in (
+            ("prefix", 256, "tokens of the prompt"), ("completion", 32, "tokens of each completion"),
+            ("group", 8, "completions of the prompt"), ("experts", 3, "experts that score"),
+            ("header", 3, "prompt tokens that scope completion adapts"),
+            ("first-layer", 0, "first adapted layer"), ("layers", 8, "layers of the backbone"),
+            ("hidden", 512, "hidden size"), ("heads", 8, "query heads"), ("kv-heads", 4, "key/value heads"),
+            ("ffn", 1536, "feed-forward size"), ("vocab", 4096, "vocabulary"), ("rank", 16, "rank of the adapters"),
+            ("threads", 0, "CPU threads; 0: all cores"), ("repeats", 5, "timed runs of each way"),
+            ("max-tokens", 4096, "tokens of one naive pass"), ("scale", 16, "divides the lengths of --sweep")):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--scope", choices=("sequence", "completion"), default="sequence")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--sweep", action="store_true",
+                        help="the map from 16k/1k to 1k/8k, both scopes, first layer 0 and half depth")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    options = parser.parse_args(arguments)
+    for name in ("prefix", "completion", "group", "experts", "header", "repeats", "max_tokens", "scale"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}; at least 1")
+    if options.header > options.prefix:
+        parser.error(f"--header: {options.header}; at most the prefix's {options.prefix}")
+    return options
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[UpdateShape, AdapterConfig]]:
+    """What to measure."""
+    rest = {"group": options.group, "experts": options.experts, "header": options.header}
+    adapters = {"rank": options.rank, "alpha": float(options.rank)}
+    if not options.sweep:
+        yield (UpdateShape(options.prefix, options.completion, **rest),
+               AdapterConfig(scope=options.scope, first_layer=options.first_layer, **adapters))
+        return
+    for prefix, completion in SWEEP_LENGTHS:
+        shape = UpdateShape(max(options.header, prefix // options.scale), max(1, completion // options.scale), **rest)
+        for scope in ("completion", "sequence"):
+            for first_layer in (0, options.layers // 2):
+                yield shape, AdapterConfig(scope=scope, first_layer=first_layer, **adapters)
+
+
+def show(row: dict) -> None:
+    """One row as a table."""
+    print(f"\nprefix {row['prefix']}, completion {row['completion']}, G {row['group']}, {row['experts']} experts, "
+          f"scope {row['scope']}, first layer {row['first_layer']}")
+    print(f"  {'way':<12}{'seconds':>9}{'TFLOP':>9}{'GFLOP/s':>9}{'ratio':>8}{'predicted':>11}{'reached':>9}")
+    for way in WAYS:
+        seconds, flops = row[f"{way}_s"], row[f"{way}_flops"]
+        ratio, predicted = row["naive_s"] / seconds, row["naive_flops"] / flops
+        print(f"  {way:<12}{seconds:>9.3f}{flops / 1e12:>9.3f}{flops / seconds / 1e9:>9.1f}{ratio:>8.2f}"
+              f"{predicted:>11.2f}{ratio / predicted:>9.0%}")
+    print(f"  largest difference: logits {row['max_logit_diff']:.1e} of {row['max_logit']:.1f}, adapter gradients "
+          f"{row['max_grad_diff']:.1e} of {row['max_grad']:.1e}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write. 0; 1 when the ways disagree; 2 when the shape is impossible."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    spec = BackboneSpec(family="qwen3", num_layers=options.layers, hidden_size=options.hidden,
+                        ffn_hidden_size=options.ffn, num_heads=options.heads, num_kv_heads=options.kv_heads,
+                        head_dim=options.hidden // options.heads, vocab_size=options.vocab, norm_eps=1e-6,
+                        rope=RopeSpec(1e6), qk_norm=True, qkv_bias=False, o_bias=False, mlp_bias=False,
+                        tied_head=False, deepstack_layers=0)
+    where = machine()
+    print(f"{where['device']}: {where['cpu']}, {where['threads']} threads, load {where['load']}, torch "
+          f"{where['torch']}, {options.dtype}")
+    print(f"backbone: {spec.num_layers} layers of {spec.hidden_size}, {spec.num_heads} heads on "
+          f"{spec.num_kv_heads}, feed-forward {spec.ffn_hidden_size}, vocabulary {spec.vocab_size}; "
+          f"LoRA rank {options.rank} on every linear")
+    if options.sweep:
+        print(f"lengths are {', '.join(f'{p}/{r}' for p, r in SWEEP_LENGTHS)} divided by {options.scale}")
+    groups = Groups.create(Layout(), Placement.build(("expert0",), 1))
+    rows = []
+    try:
+        for shape, adapter in cases(options):
+            rows.append(measure(spec, shape, adapter, groups, options.dtype, options.max_tokens, options.repeats))
+            show(rows[-1])
+    except (ArithmeticError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, ArithmeticError) else 2
+    finally:
+        groups.destroy()
+    if options.json:
+        result = {"rows": rows} if options.sweep else rows[0]
+        given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        options.json.write_text(json.dumps(result | {"machine": where, "arguments": given}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
