@@ -12,13 +12,12 @@ from copd_megatron.config.run import RunConfig
 
 def recipe() -> RunConfig:
     """The run of ``bash tools/quickstart.sh``."""
-    easy = {"levels": [1, 2]}
     return RunConfig(
         model={"path": "tiny_backbone", "dtype": "float32"},
         experts={
-            "text": {"task": "copd_megatron.tasks.text:TextTask", "task_args": {"kinds": ["sum"], **easy}},
-            "image": {"task": "copd_megatron.tasks.image:ImageTask", "task_args": {"kinds": ["compare"], **easy}},
-            "video": {"task": "copd_megatron.tasks.video:VideoTask", "task_args": {"kinds": ["direction"], **easy}},
+            "text": {"task": "copd_megatron.tasks.text:TextTask", "task_args": {"kinds": ["sum"]}},
+            "image": {"task": "copd_megatron.tasks.image:ImageTask", "task_args": {"kinds": ["compare"]}},
+            "video": {"task": "copd_megatron.tasks.video:VideoTask", "task_args": {"kinds": ["direction"]}},
         },
         # A tiny model wants far larger steps than the defaults, which are for billions of parameters.
         adapter={"rank": 16, "alpha": 32.0},

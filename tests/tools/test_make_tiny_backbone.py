@@ -86,8 +86,7 @@ def test_it_answers_in_form_and_is_right_about_half_the_time(maker, processor, m
 
 def test_warm_up_lowers_the_loss_on_training_questions(maker, processor):
     torch.manual_seed(0)
-    warmup = maker.Warmup(maker.build_model(processor.tokenizer), processor, [TextTask(kinds=["sum"])],
-                          seed=0, low=0.0, high=1.0)
+    warmup = maker.Warmup(maker.build_model(processor.tokenizer), processor, {TextTask(kinds=["sum"]): 1.0}, seed=0)
     items = warmup.draw(16)
 
     def loss():
@@ -95,5 +94,5 @@ def test_warm_up_lowers_the_loss_on_training_questions(maker, processor):
             return -warmup.answer_logprobs(items).sum(-1).mean()
 
     before = loss()
-    warmup.run(steps=8, learning_rate=1e-3, probe_every=8)
+    warmup.run(steps=8, learning_rate=1e-3)
     assert loss() < before - 1
