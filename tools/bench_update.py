@@ -218,10 +218,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             ("prefix", 256, "tokens of the prompt"), ("completion", 32, "tokens of each completion"),
             ("group", 8, "completions of the prompt"), ("experts", 3, "experts that score"),
             ("header", 3, "prompt tokens that scope completion adapts"),
-            ("first-layer", 0, "first adapted layer"), ("layers", 8, "layers of the backbone"),
+            ("first-layer", 0, "first adapted layer"), ("layers", 6, "layers of the backbone"),
             ("hidden", 512, "hidden size"), ("heads", 8, "query heads"), ("kv-heads", 4, "key/value heads"),
             ("ffn", 1536, "feed-forward size"), ("vocab", 4096, "vocabulary"), ("rank", 16, "rank of the adapters"),
-            ("threads", 0, "CPU threads; 0: all cores"), ("repeats", 5, "timed runs of each way"),
+            ("threads", 0, "CPU threads; 0: all cores"), ("repeats", 3, "timed runs of each way"),
             ("max-tokens", 4096, "tokens of one naive pass"), ("scale", 16, "divides the lengths of --sweep")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
     parser.add_argument("--scope", choices=("sequence", "completion"), default="sequence")

@@ -39,6 +39,7 @@ def train(options: argparse.Namespace) -> int:
     if is_first_rank():
         _record_start(run_dir, options, resume_step=trainer.step if options.resume else None)
     trainer.run()
+    trainer.groups.destroy()
     _leave()
     return 0
 

@@ -6,7 +6,7 @@ backbone. Adapters are kept in float32 (float64 under a float64 backbone) and ca
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +81,10 @@ class AdapterBank(nn.Module):
         """Projections with an adapter on this stage: "layers.3.self_attn.q_proj", in layer order."""
         return [f"layers.{i}.{MODULE_OF[p]}.{p}" for i in self.layers for p in self.config.targets]
 
+    def factor_names(self) -> list[str]:
+        """Names of all factors of one policy on this stage, in layer order."""
+        return [f"{name}.{factor}" for name in self.names() for factor in ("lora_A", "lora_B")]
+
     def add_expert(self, name: str, seed: int, trainable: bool = True) -> None:
         """Add a freshly drawn policy of the configured rank."""
         factors = {}
@@ -147,6 +151,14 @@ class AdapterBank(nn.Module):
         out, inp = projection_shape(self.spec, projection)
         return (rank, inp) if factor == "lora_A" else (out, rank)
 
+    def local_shape(self, name: str, rank: int) -> tuple[int, int]:
+        """Shape of this rank's shard of the factor."""
+        shape = list(self.full_shape(name, rank))
+        dim = shard_dim(*name.rsplit(".", 2)[1:])
+        if dim is not None:
+            shape[dim] //= self.groups.layout.tp
+        return shape[0], shape[1]
+
     @torch.no_grad()
     def put_combination(self, name: str, weights: Mapping[str, float]) -> None:
         """Add the policy whose weight delta is sum_e weights[e] * delta_e, exactly, by concatenating
@@ -160,10 +172,6 @@ class AdapterBank(nn.Module):
                 factors[key] = torch.cat([p * (w * self.slots[e].scaling)
                                           for p, (e, w) in zip(parts, weights.items())], 1)
         self.put(name, factors, 1.0)
-
-    def trainable(self, names: Iterable[str]) -> list[nn.Parameter]:
-        """All parameters of the given policies."""
-        return [p for n in names for p in self.slots[n].parameters.values()]
 
 
 def _parameter_key(policy: str, name: str) -> str:

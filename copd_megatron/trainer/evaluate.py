@@ -32,5 +32,6 @@ def evaluate_run(config: RunConfig, run_dir: Path | None) -> dict[str, Any]:
     if run_dir is not None:
         with all_policies(policies.backbone.bank, policies.groups, experts, config.merge) as names:
             answers |= evaluator.evaluate(names, experts, prompts)
+    policies.groups.destroy()
     return {"step": step, "mode": mode_of(config.evaluation), "samples": config.evaluation.samples,
             "policies": evaluation_rows(answers)}

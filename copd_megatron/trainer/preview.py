@@ -47,6 +47,7 @@ def preview(config: RunConfig, count: int, console: Console | None = None) -> No
             _show(console, config, encoder, prompt, group)
         table.add_row(domain, str(len(prompts)), *_summary(prompts, [c for g in answers for c in g]))
     console.print(table)
+    groups.destroy()
 
 
 def _show(console: Console, config: RunConfig, encoder: PromptEncoder, prompt: Prompt,

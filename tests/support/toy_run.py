@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from megatron.core import parallel_state
 
 from copd_megatron.checkpoint.peft import full_factors
 from copd_megatron.config.run import RunConfig
@@ -45,7 +46,11 @@ def toy_config(family: str = "qwen3_vl", experts=("text", "image", "video"), tas
 @contextmanager
 def toy_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Iterator[Trainer]:
     """A trainer of one rank in this process; its groups are gone afterwards."""
-    trainer = build_trainer(config, run_dir, resume)
+    try:
+        trainer = build_trainer(config, run_dir, resume)
+    except BaseException:
+        parallel_state.destroy_model_parallel()  # a build that failed halfway leaves its groups behind
+        raise
     try:
         yield trainer
     finally:

@@ -1,0 +1,156 @@
+"""A run that was killed, stopped or moved to another layout and resumed equals one that never stopped."""
+import json
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from copd_megatron.types import UserError
+from support.ranks import run_ranks
+from support.toy_run import adapters_of, toy_config, toy_trainer
+from support.toy_tasks import LetterTask
+
+STEPS = 4
+
+
+class Interrupts(LetterTask):
+    """Presses Ctrl-C ``times`` times while the answers to the ``at``-th batch are graded."""
+
+    at, times, calls = 0, 1, 0
+
+    def verify(self, item, completion):
+        if completion:  # the scorer's check at the start has none
+            Interrupts.calls += 1
+            if Interrupts.calls == Interrupts.at:
+                for _ in range(Interrupts.times):
+                    os.kill(os.getpid(), signal.SIGINT)
+        return super().verify(item, completion)
+
+
+def interrupt(step: int, times: int = 1) -> None:
+    """Arm ``Interrupts`` for the native batch (2 x 9 answers) of a step counted from 0."""
+    Interrupts.at, Interrupts.times, Interrupts.calls = step * 18 + 5, times, 0
+
+
+def make_config(**sections):
+    return toy_config("qwen3", ("text", "image"), **{
+        "schedule": {"rl_steps": 2, "opd_steps": 2}, "checkpoint": {"every": 2, "keep_last": 9},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 3, "microbatch_tokens": 200, "weight_decay": 0.1},
+        "evaluation": {"final_prompts": 1}, "metrics": {"rollouts": True, "overlap_tokens": 9}, **sections})
+
+
+def run(config, folder: Path, resume: bool = False) -> dict:
+    """Train to the end with objects of their own; factors on the main rank."""
+    with toy_trainer(config, folder, resume) as trainer:
+        trainer.run()
+        return {e: {n: f.clone() for n, f in own.items()} for e, own in adapters_of(trainer).items()}
+
+
+def numbers(folder: Path) -> list[dict]:
+    """The record, without what a clock or the memory says."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith(("time", "memory/")) and not k.endswith("_per_s")}
+            for line in lines]
+
+
+def equal(one: dict, other: dict) -> bool:
+    return all(torch.equal(factor, other[e][n]) for e, own in one.items() for n, factor in own.items())
+
+
+@pytest.fixture(scope="module", params=["float64", "float32"])
+def never_stopped(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    config = make_config(model={"dtype": request.param})
+    return config, folder, run(config, folder)
+
+
+def killed(folder: Path, to: Path) -> Path:
+    """A copy as if the machine had died after the last step's numbers, before its save."""
+    shutil.copytree(folder, to)
+    shutil.rmtree(to / "checkpoints" / f"step_{STEPS:06d}")
+    for name in ("summary.json", "held_out.json", "evaluations.jsonl"):
+        (to / name).unlink()
+    with (to / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "phase": "rl')
+    return to
+
+
+def test_killed_and_resumed_bit_for_bit(never_stopped, tmp_path):
+    config, folder, want = never_stopped
+    again = killed(folder, tmp_path / "run")
+    assert equal(run(config, again, resume=True), want)
+    assert [line["step"] for line in numbers(again)] == [1, 2, 3, 4]
+    assert numbers(again) == numbers(folder)
+    assert json.loads((again / "held_out.json").read_text()) == json.loads((folder / "held_out.json").read_text())
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (again, folder)]
+    assert summaries[0]["policies"] == summaries[1]["policies"]
+
+
+def test_stopped_by_ctrl_c_and_resumed_bit_for_bit(never_stopped, tmp_path, capsys):
+    config, folder, want = never_stopped
+    handler = signal.getsignal(signal.SIGINT)
+    interrupt(step=0)
+    config = make_config(model={"dtype": config.model.dtype}, task=Interrupts,
+                         metrics={"progress": "plain", "overlap_tokens": 9})
+    with toy_trainer(config, tmp_path) as trainer:
+        trainer.run()
+        assert trainer.step == 1
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    assert [line["step"] for line in numbers(tmp_path)] == [1]
+    assert "stopped after step 1 of 4; saved" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "summary.json").exists()
+    Interrupts.at = 0
+    assert equal(run(config, tmp_path, resume=True), want)
+    assert numbers(tmp_path) == numbers(folder)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    interrupt(step=1, times=2)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with toy_trainer(make_config(task=Interrupts), tmp_path) as trainer, pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [line["step"] for line in numbers(tmp_path)] == [1]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_terminate_signal_of_a_cluster_is_heeded_too(tmp_path):
+    assert threading.current_thread() is threading.main_thread()
+    with toy_trainer(make_config(checkpoint={"every": 0}), tmp_path) as trainer:
+        collect = trainer.collect
+
+        def collect_and_get_the_signal(*args):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return collect(*args)
+
+        trainer.collect = collect_and_get_the_signal
+        trainer.run()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+
+def test_resumed_under_tensor_parallelism(never_stopped, tmp_path):
+    config, folder, want = never_stopped
+    if config.model.dtype != "float64":
+        pytest.skip("layouts agree to 1e-8 in float64")
+    again = killed(folder, tmp_path / "run")
+    shutil.rmtree(again / "rollouts")
+    config = make_config(parallel={"tensor": 2})
+    for got in run_ranks(2, run, config, again, resume=True):
+        for expert, factors in want.items():
+            for name, factor in factors.items():
+                torch.testing.assert_close(got[expert][name], factor, rtol=0, atol=1e-8)
+    assert [line["step"] for line in numbers(again)] == [1, 2, 3, 4]
+
+
+def test_resume_refuses_other_experts(never_stopped, tmp_path):
+    config, folder, _ = never_stopped
+    other = make_config(model={"dtype": config.model.dtype}).model_copy(
+        update={"experts": {"text": config.experts["text"]}})
+    with pytest.raises(UserError, match=r"^experts: \['text'\]; .* has \['image', 'text'\]"), \
+            toy_trainer(other, folder, resume=True):
+        pass
