@@ -1,5 +1,5 @@
 """The two objectives: policy gradient on verified rewards (RLVR) and on-policy distillation (OPD)."""
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -12,9 +12,14 @@ class RlvrConfig(Section):
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     """grpo: (r - mean) / (std + 1e-6) in the group; dr_grpo: r - mean (arXiv:2503.20783);
     rloo: r - mean of the others (arXiv:2402.14740)."""
+    advantage_function: Any = None
+    """None: ``advantage``. Else a callable or "pkg.module:name" in its place: ``f(rewards_BG) -> [B, G]``."""
     loss: Literal["clip", "gspo", "cispo"] = "clip"
     """clip: token-level clipped surrogate (PPO, GRPO, DAPO); gspo: sequence-level ratio
     (arXiv:2507.18071); cispo: clipped, detached importance weight (arXiv:2506.13585)."""
+    loss_function: Any = None
+    """None: ``loss``. Else a callable or "pkg.module:name" in its place, for native and sampled cross tokens:
+    ``f(policy_logprobs_T, old_logprobs_T, advantages_T, sequence_ids_T, loss_mask_T) -> [T]`` losses."""
     clip_low: float = Field(0.2, ge=0)
     """Lower clip range: ratio >= 1 - clip_low."""
     clip_high: float = Field(0.28, ge=0)

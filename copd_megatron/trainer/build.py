@@ -5,12 +5,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from copd_megatron.checkpoint.manager import CheckpointManager, RunState
 from copd_megatron.checkpoint.peft import load_peft_adapter
 from copd_megatron.config.loading import resolve_object, to_json
+from copd_megatron.config.losses import RlvrConfig
 from copd_megatron.config.run import RunConfig
 from copd_megatron.exchange.schedule import Schedule
 from copd_megatron.metrics.progress import make_progress
@@ -41,7 +43,7 @@ from copd_megatron.trainer.prompts import PromptSource
 from copd_megatron.trainer.rlvr_phase import NativeBatch
 from copd_megatron.trainer.scoring import REFERENCE, Scoring
 from copd_megatron.trainer.trainer import Trainer
-from copd_megatron.types import Prompt
+from copd_megatron.types import Prompt, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +73,8 @@ def build_policies(config: RunConfig) -> Policies:
     setup_platform()
     spec = check_backbone(config.model.path)
     encoder = PromptEncoder(config.model.path)
-    if config.adapter.scope == "completion":
-        encoder.invocation_token_ids  # noqa: B018  (raises when the chat template has none)
+    invocation = encoder.invocation_token_ids if config.adapter.scope == "completion" else None
+    reference = _reference_folder(config.rlvr)
     tasks = {name: build_task(expert, name) for name, expert in config.experts.items()}
     scorers = {name: Scorer(tasks[name], expert.rewards, f"experts.{name}.rewards")
                for name, expert in config.experts.items()}
@@ -82,17 +84,38 @@ def build_policies(config: RunConfig) -> Policies:
     groups = Groups.create(layout, Placement.build(list(config.experts), layout.replicas),
                            timeout_s=config.parallel.timeout_s)
     source = PromptSource(tasks, encoder, config.seed, config.rollout.max_prompt_tokens)
+    _check_questions(source)
     backbone = Backbone(spec, groups, config.model, config.adapter)
     load_backbone_weights(backbone, config.model.path)
     backbone.eval()
     for expert in groups.hosted:
         backbone.bank.add_expert(expert, config.seed)
-    if config.rlvr.kl_coef and config.rlvr.kl_reference != "backbone":
-        load_peft_adapter(backbone.bank, REFERENCE, Path(config.rlvr.kl_reference))
+    if reference:
+        load_peft_adapter(backbone.bank, REFERENCE, reference, invocation)
     visual = _visual_features(config, backbone)
     engine = MegatronEngine(backbone, groups, config.rollout, config.seed)
     collector = Collector(engine, encoder, tasks, scorers, visual, groups)
     return Policies(groups, backbone, Runner(backbone, groups, visual), encoder, tasks, source, collector)
+
+
+def _reference_folder(config: RlvrConfig) -> Path | None:
+    """The PEFT folder of the KL penalty's reference, if it has one."""
+    if not config.kl_coef or config.kl_reference == "backbone":
+        return None
+    folder = Path(config.kl_reference)
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"rlvr.kl_reference: {folder} has no adapter_config.json; allowed is backbone or a PEFT "
+                        "adapter folder; correct the path")
+    return folder
+
+
+def _check_questions(source: PromptSource) -> None:
+    """Encode a question of each split: better now than after hours, or at the evaluation that ends the run."""
+    for domain in source.tasks:
+        source.train(domain, 0)
+        if not source.held_out(domain, 1):
+            raise UserError(f"experts.{domain}.task: its held-out split is empty; at least one question is needed; "
+                            "give the task held-out data")
 
 
 def _visual_features(config: RunConfig, backbone: Backbone) -> Callable[[Sequence[Prompt]], Visual | None]:
@@ -105,20 +128,31 @@ def _visual_features(config: RunConfig, backbone: Backbone) -> Callable[[Sequenc
 def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Trainer:
     """Everything of a run, ready for ``run()``; with ``resume`` from its newest complete save."""
     schedule = Schedule.build(config.schedule, config.exchange, config.opd, list(config.experts), resolve_object)
+    own_loss = _function(config.rlvr.loss_function, "rlvr.loss_function")
+    own_advantage = _function(config.rlvr.advantage_function, "rlvr.advantage_function")
     policies = build_policies(config)
     groups, runner = policies.groups, policies.runner
     state, checkpoints = run_state(config, run_dir, policies)
     if resume:
         checkpoints.load_latest(state)
     params = sampling_params(config.rollout, policies.encoder)
-    native = NativeBatch(policies.source, groups, config.rollout, config.rlvr, params)
+    native = NativeBatch(policies.source, groups, config.rollout, config.rlvr, params, own_advantage)
     cross = CrossBatch(policies.source, groups, config.rollout, config.opd, native, params)
     budget = config.optimizer.microbatch_tokens
     scoring = Scoring(runner, groups, cross, config.rlvr, config.opd, config.rollout, budget)
-    learner = Learner(runner, groups, state.optimizers, config.rlvr, config.opd, config.rollout, budget)
+    learner = Learner(runner, groups, state.optimizers, config.rlvr, config.opd, config.rollout, budget, own_loss)
     milestones = _milestones(config, run_dir, policies, state, checkpoints, schedule.total_steps, resume)
     return Trainer(config, groups, runner, policies.collector, native, cross, scoring, learner, schedule,
                    milestones, milestones.timers, state.step)
+
+
+def _function(given: Any, field: str) -> Callable[..., Any] | None:
+    """A recipe's own function, given as it is or by name."""
+    function = resolve_object(given, field) if isinstance(given, str) else given
+    if function is not None and not callable(function):
+        raise UserError(f"{field}: a {type(function).__name__} was given; allowed is a function or "
+                        "'pkg.module:name'; correct it")
+    return function
 
 
 def run_state(config: RunConfig, run_dir: Path, policies: Policies) -> tuple[RunState, CheckpointManager]:

@@ -19,7 +19,6 @@ from copd_megatron.parallel.seeding import stable_hash
 from copd_megatron.rollout.collector import Collector
 from copd_megatron.rollout.engine import Request, SamplingParams
 from copd_megatron.trainer.prompts import PromptSource
-from copd_megatron.types import UserError
 
 BASE = "base"
 """Name of the backbone among policies."""
@@ -90,17 +89,11 @@ class Evaluator:
         """policy -> domain -> answers on the first ``prompts`` held-out prompts; equal on every rank.
 
         None among ``policies`` is the backbone, reported as "base".
-
-        Raises:
-            UserError: a domain without held-out prompts.
         """
         replica, replicas = self.groups.coords.replica, self.groups.layout.replicas
         requests = []
         for domain in domains:
             held_out = self.source.held_out(domain, prompts)
-            if not held_out:
-                raise UserError(f"experts.{domain}.task: its held-out split is empty; at least one question is "
-                                "needed; give the task held-out data")
             for i in split_evenly(len(held_out), replicas)[replica]:
                 # All policies on one prompt side by side: they share what the adapter scope lets them share.
                 requests += [Request(held_out[i], policy, self.config.samples, self.params,

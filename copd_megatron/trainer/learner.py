@@ -14,7 +14,7 @@ from copd_megatron.parallel.collectives import reduce_scalars
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.trainer.batching import Lane, Sample, make_microbatches
 from copd_megatron.trainer.forward import Runner
-from copd_megatron.trainer.objective import Objective
+from copd_megatron.trainer.objective import LossFunction, Objective
 from copd_megatron.trainer.optimizer import ExpertOptimizer
 from copd_megatron.trainer.step_metrics import Sums, add_sums
 
@@ -23,10 +23,11 @@ class Learner:
     """Updates every hosted expert. All ranks of all replicas that host an expert update it together."""
 
     def __init__(self, runner: Runner, groups: Groups, optimizers: Mapping[str, ExpertOptimizer],
-                 rlvr: RlvrConfig, opd: OpdConfig, rollout: RolloutConfig, microbatch_tokens: int):
+                 rlvr: RlvrConfig, opd: OpdConfig, rollout: RolloutConfig, microbatch_tokens: int,
+                 loss_function: LossFunction | None = None):
         self.runner, self.groups, self.optimizers = runner, groups, optimizers
         self.rlvr, self.rollout, self.microbatch_tokens = rlvr, rollout, microbatch_tokens
-        self.objective = Objective(runner.backbone, rlvr, opd, rollout.temperature)
+        self.objective = Objective(runner.backbone, rlvr, opd, rollout.temperature, loss_function)
 
     @property
     def one_update(self) -> bool:

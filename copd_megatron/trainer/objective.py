@@ -11,7 +11,7 @@ Shape suffixes: N completion tokens of the microbatch, H hidden, K top-k ids.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,9 @@ from copd_megatron.model.vocab_parallel import TokenScores, full_divergence, sco
 from copd_megatron.trainer.batching import Microbatch
 from copd_megatron.trainer.rows import Rows
 from copd_megatron.trainer.step_metrics import Sums
+from copd_megatron.types import UserError
+
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +59,11 @@ class _Tokens:
 class Objective:
     """Callable for ``Runner.train``: (hidden states, pack, microbatch) -> (loss, sums of metrics)."""
 
-    def __init__(self, backbone: Backbone, rlvr: RlvrConfig, opd: OpdConfig, temperature: float):
+    def __init__(self, backbone: Backbone, rlvr: RlvrConfig, opd: OpdConfig, temperature: float,
+                 loss_function: LossFunction | None = None):
+        """``loss_function`` stands in for ``rlvr.loss``, see ``RlvrConfig.loss_function``."""
         self.backbone, self.rlvr, self.opd, self.temperature = backbone, rlvr, opd, temperature
+        self.loss_function = loss_function
 
     def __call__(self, hidden_NH: Tensor, pack: Pack, batch: Microbatch) -> tuple[Tensor, Sums]:
         """Nothing here waits for the device: sums stay tensors until the end of the step."""
@@ -94,17 +100,34 @@ class Objective:
     def _policy_gradient(self, rows: Rows, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor]]:
         """Surrogate losses [N] with their importance correction, and columns to record."""
         config = self.rlvr
-        losses, clip = surrogate(config.loss, tokens.policy, tokens.old, tokens.advantage, rows.sample_N,
-                                 config.clip_low, config.clip_high, config.dual_clip, loss_mask_T=rows.mask_N)
         gap = mismatch(tokens.old, rows.engine_logprobs_N)
-        columns = {"ratio_mean": clip["ratio"], "clip_fraction": clip["clipped"] + clip["dual_clipped"],
-                   "mismatch_kl": gap["kl"]}
+        columns = {"mismatch_kl": gap["kl"]}
+        if self.loss_function is None:
+            losses, clip = surrogate(config.loss, tokens.policy, tokens.old, tokens.advantage, rows.sample_N,
+                                     config.clip_low, config.clip_high, config.dual_clip, loss_mask_T=rows.mask_N)
+            columns |= {"ratio_mean": clip["ratio"], "clip_fraction": clip["clipped"] + clip["dual_clipped"]}
+        else:
+            losses = self._own_loss(rows, tokens)
+            columns["ratio_mean"] = torch.exp(tokens.policy.detach() - tokens.old)
         if config.importance_correction != "none":
             weights = importance_weights(tokens.old, rows.engine_logprobs_N, config.importance_correction,
                                          config.importance_cap)
             losses = losses * weights
             columns["importance_clipped"] = weights != gap["weight"]
         return losses, columns
+
+    def _own_loss(self, rows: Rows, tokens: _Tokens) -> Tensor:
+        try:
+            losses = self.loss_function(tokens.policy, tokens.old, tokens.advantage, rows.sample_N, rows.mask_N)
+        except Exception as error:
+            raise UserError(f"rlvr.loss_function: {type(error).__name__}: {error}; it must take (policy_logprobs_T, "
+                            "old_logprobs_T, advantages_T, sequence_ids_T, loss_mask_T); mend it (copd --traceback "
+                            "shows where)") from error
+        if not isinstance(losses, Tensor) or losses.shape != tokens.policy.shape:
+            given = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise UserError(f"rlvr.loss_function: it returned {given} for {len(tokens.policy)} tokens; a tensor with "
+                            "one loss per token is needed; leave masking and reduction to the trainer")
+        return losses.masked_fill(~rows.mask_N, 0)
 
     def _regularise(self, rows: Rows, tokens: _Tokens, losses: Tensor,
                     scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from copd_megatron.config.losses import RlvrConfig
 from copd_megatron.config.rollout import RolloutConfig
@@ -15,15 +16,17 @@ from copd_megatron.rollout.engine import Request, SamplingParams
 from copd_megatron.trainer.batching import Asked, Sample
 from copd_megatron.trainer.prompts import PromptSource
 from copd_megatron.trainer.step_metrics import Sums, add_sums
-from copd_megatron.types import Completion
+from copd_megatron.types import Completion, UserError
 
 
 class NativeBatch:
     """Asks for, and grades, each hosted expert's share of its native batch."""
 
     def __init__(self, source: PromptSource, groups: Groups, rollout: RolloutConfig, rlvr: RlvrConfig,
-                 params: SamplingParams):
+                 params: SamplingParams, advantage_function: Callable[[Tensor], Tensor] | None = None):
+        """``advantage_function`` stands in for ``rlvr.advantage``, see ``RlvrConfig.advantage_function``."""
         self.source, self.groups, self.rollout, self.rlvr, self.params = source, groups, rollout, rlvr, params
+        self.advantages = advantage_function or (lambda rewards_BG: group_advantages(rewards_BG, rlvr.advantage))
         self.rounds = rlvr.dynamic_sampling_max_rounds if rlvr.dynamic_sampling else 1
 
     def requests(self, step: int, round_: int = 0, slots: Mapping[str, Sequence[int]] | None = None) -> list[Asked]:
@@ -70,8 +73,15 @@ class NativeBatch:
                 lengths = torch.tensor([[len(c.token_ids) for c in group]])
                 rewards = rewards + overlong_penalty(lengths, self.rollout.max_completion_tokens,
                                                      self.rlvr.overlong_buffer_tokens, self.rlvr.overlong_penalty)
-            advantages = group_advantages(rewards, self.rlvr.advantage)[0].tolist()
-            samples += [own.sample(c, a) for c, a in zip(group, advantages)]
+            try:
+                advantages = self.advantages(rewards)
+            except Exception as error:
+                raise UserError(f"rlvr.advantage_function: {type(error).__name__}: {error}; it must take rewards_BG, "
+                                "[prompts, completions]; mend it (copd --traceback shows where)") from error
+            if not isinstance(advantages, Tensor) or advantages.shape != rewards.shape:
+                raise UserError("rlvr.advantage_function: it returned something else than a tensor of the rewards' "
+                                f"shape, {tuple(rewards.shape)}; one advantage per completion is needed; mend it")
+            samples += [own.sample(c, a) for c, a in zip(group, advantages[0].tolist())]
         return samples
 
 
