@@ -104,8 +104,6 @@ _EDGE = (
     Metric("edge/{teacher}->{student}/teacher_kl", "KL(student || teacher) on the student's states: exact "
            "with signal full, with the tail bucket for topk, the k3 estimate for sampled.", "nats per token",
            "falls within an OPD phase", "Does not fall: raise `opd.beta` or `opd.cross_ratio`."),
-    Metric("edge/{teacher}->{student}/overlap", "Top-k overlap on the student's cross batch (k of "
-           "`metrics.overlap_k`).", "0 to 1", "above 0.9", "As `pair/*/overlap`."),
     Metric("edge/{teacher}->{student}/dropped", "Share of tokens dropped by `opd.delta_guard`.", "0 to 1",
            "below 0.01", "Higher: the guard hides a drift; look at the percentiles."),
     Metric("edge/{teacher}->{student}/length", "Mean length of the student's completions on the teacher's "

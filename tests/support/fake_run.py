@@ -177,7 +177,7 @@ def fake_values(rng: np.random.Generator, experts: list[str], t: float, phase: s
             values |= {edge_name(teacher, student, k): v for k, v in {
                 "delta_p05": -2.2 * tail, "delta_p50": -0.02 * tail, "delta_p95": 0.8 * tail,
                 "delta_mean": -0.3 * tail, "beta_delta_abs": 0.5 * tail, "teacher_kl": 0.3 * tail,
-                "overlap": 0.95 - drift, "dropped": 0.0,
+                "dropped": 0.0,
                 "length": 24 + rng.normal(), "truncated": 0.0, "tokens": 2900.0}.items()}
     work = {"rollout": 1.9, "vision": 0.15, "verify": 0.05, "update": 1.6, "other": 0.1}
     if phase == "opd":

@@ -113,8 +113,8 @@ def test_the_run_ends_with_a_merged_model_and_a_report(finished):
 
 
 def test_scope_completion_writes_no_merged_model_and_keep_best_can_be_off(tmp_path):
-    config = make_config(adapter={"scope": "completion"}, schedule={"rl_steps": 1, "opd_steps": 0},
-                         evaluation={"keep_best": False, "final_prompts": 1})
+    config = toy_config("qwen3", ("text",), adapter={"scope": "completion"}, schedule={"rl_steps": 1, "opd_steps": 0},
+                        metrics={"rollouts": False}, evaluation={"keep_best": False, "final_prompts": 1})
     with toy_trainer(config, tmp_path) as trainer:
         trainer.run()
     assert not (tmp_path / "merged").exists() and not (tmp_path / "best").exists()

@@ -108,8 +108,10 @@ def test_a_beta_and_a_signal_per_edge_reach_the_samples(tmp_path):
 @pytest.mark.parametrize(("rlvr", "inert"), [({}, True), ({"epochs": 2}, False),
                                              ({"minibatches_per_rollout": 2}, False)])
 def test_the_log_says_once_that_clipping_is_inert(rlvr, inert, tmp_path, caplog):
-    with toy_trainer(make_config(rlvr=rlvr, evaluation={"final_prompts": 1}), tmp_path) as trainer, \
-            caplog.at_level(logging.INFO, logger="copd_megatron"):
+    config = toy_config("qwen3", ("text",), rlvr=rlvr, schedule={"rl_steps": 2, "opd_steps": 0},
+                        rollout={"prompts_per_step": 2}, evaluation={"final_prompts": 1},
+                        checkpoint={"export_merged": False})
+    with toy_trainer(config, tmp_path) as trainer, caplog.at_level(logging.INFO, logger="copd_megatron"):
         trainer.run()
     lines = [record.message for record in caplog.records if "clipping is inert" in record.message]
     assert len(lines) == inert
