@@ -11,7 +11,7 @@ VARIANTS = {
     "plain": {},
     "completion scope, first layer 1": {"adapter": {"rank": 3, "alpha": 6.0, "scope": "completion", "first_layer": 1}},
     "split groups, recompute, minibatches": {
-        "optimizer": {"lr": 1e-2, "warmup_steps": 2, "microbatch_tokens": 24},
+        "optimizer": {"lr": 1e-2, "warmup_steps": 2, "microbatch_tokens": 56},
         "rlvr": {"minibatches_per_rollout": 2}, "opd": {"signal": "topk", "topk": 8},
         "adapter": {"rank": 3, "alpha": 6.0, "first_layer": 2}},
     "full topology, full vocabulary": {"exchange": {"topology": "full"}, "opd": {"signal": "full"}},

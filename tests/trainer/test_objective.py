@@ -52,7 +52,8 @@ def make_config(sections: dict, folder) -> object:
     if given["rlvr"].get("kl_reference"):
         given["rlvr"] = {**given["rlvr"], "kl_reference": str(folder)}
     return toy_config("qwen3", EXPERTS, **{
-        **given, "rollout": {"prompts_per_step": 4, **given["rollout"]},
+        **given, "rollout": {"prompts_per_step": max(2, given["rlvr"].get("minibatches_per_rollout", 1)),
+                             **given["rollout"]},
         "adapter": {"rank": 3, "alpha": 6.0, **given["adapter"]},
         "optimizer": {"lr": 0.03, "warmup_steps": 0, "microbatch_tokens": 120},
         "schedule": {"rl_steps": 0, "opd_steps": 1}, "metrics": {"rollouts": False, "overlap_tokens": 1}})
@@ -131,7 +132,7 @@ def test_gradients_are_those_of_the_formulas(variant, tmp_path):
         assert len(updates[expert]) == parts * config.rlvr.epochs
         assert {s.edge.teacher for s in samples if s.expert == expert and s.edge} == set(EXPERTS) - {expert}
         for number, (factors, gradients) in enumerate(updates[expert]):
-            own = [s for s in samples if s.expert == expert and s.slot * parts // 4 == number % parts]
+            own = [s for s in samples if s.expert == expert and s.slot * parts // s.slots == number % parts]
             assert own
             want = plain.gradient(own, samples, factors)
             for name, gradient in gradients.items():

@@ -1,4 +1,5 @@
 """A run that was killed, stopped or moved to another layout and resumed equals one that never stopped."""
+import functools
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ def interrupt(step: int, times: int = 1) -> None:
 
 def make_config(**sections):
     return toy_config("qwen3", ("text", "image"), **{
-        "schedule": {"rl_steps": 2, "opd_steps": 2}, "checkpoint": {"every": 2, "keep_last": 9},
+        "schedule": {"rl_steps": 2, "opd_steps": 2}, "checkpoint": {"every": 2, "keep_last": 9, "export_merged": False},
         "optimizer": {"lr": 1e-2, "warmup_steps": 3, "microbatch_tokens": 200, "weight_decay": 0.1},
         "evaluation": {"final_prompts": 1}, "metrics": {"rollouts": True, "overlap_tokens": 9}, **sections})
 
@@ -61,11 +62,17 @@ def equal(one: dict, other: dict) -> bool:
     return all(torch.equal(factor, other[e][n]) for e, own in one.items() for n, factor in own.items())
 
 
-@pytest.fixture(scope="module", params=["float64", "float32"])
-def never_stopped(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    config = make_config(model={"dtype": request.param})
-    return config, folder, run(config, folder)
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """dtype -> (config, run folder, adapters) of runs to the end, made when first asked for."""
+
+    @functools.cache
+    def finished(dtype: str):
+        folder = tmp_path_factory.mktemp(dtype)
+        config = make_config(model={"dtype": dtype})
+        return config, folder, run(config, folder)
+
+    return finished
 
 
 def killed(folder: Path, to: Path) -> Path:
@@ -79,8 +86,9 @@ def killed(folder: Path, to: Path) -> Path:
     return to
 
 
-def test_killed_and_resumed_bit_for_bit(never_stopped, tmp_path):
-    config, folder, want = never_stopped
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_killed_and_resumed_bit_for_bit(never_stopped, dtype, tmp_path):
+    config, folder, want = never_stopped(dtype)
     again = killed(folder, tmp_path / "run")
     assert equal(run(config, again, resume=True), want)
     assert [line["step"] for line in numbers(again)] == [1, 2, 3, 4]
@@ -91,10 +99,10 @@ def test_killed_and_resumed_bit_for_bit(never_stopped, tmp_path):
 
 
 def test_stopped_by_ctrl_c_and_resumed_bit_for_bit(never_stopped, tmp_path, capsys):
-    config, folder, want = never_stopped
+    _, folder, want = never_stopped("float32")
     handler = signal.getsignal(signal.SIGINT)
     interrupt(step=0)
-    config = make_config(model={"dtype": config.model.dtype}, task=Interrupts,
+    config = make_config(model={"dtype": "float32"}, task=Interrupts,
                          metrics={"progress": "plain", "overlap_tokens": 9})
     with toy_trainer(config, tmp_path) as trainer:
         trainer.run()
@@ -121,7 +129,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
 
 def test_the_terminate_signal_of_a_cluster_is_heeded_too(tmp_path):
     assert threading.current_thread() is threading.main_thread()
-    with toy_trainer(make_config(checkpoint={"every": 0}), tmp_path) as trainer:
+    with toy_trainer(make_config(schedule={"rl_steps": 2, "opd_steps": 0}), tmp_path) as trainer:
         collect = trainer.collect
 
         def collect_and_get_the_signal(*args):
@@ -134,9 +142,7 @@ def test_the_terminate_signal_of_a_cluster_is_heeded_too(tmp_path):
 
 
 def test_resumed_under_tensor_parallelism(never_stopped, tmp_path):
-    config, folder, want = never_stopped
-    if config.model.dtype != "float64":
-        pytest.skip("layouts agree to 1e-8 in float64")
+    _, folder, want = never_stopped("float64")
     again = killed(folder, tmp_path / "run")
     shutil.rmtree(again / "rollouts")
     config = make_config(parallel={"tensor": 2})
@@ -148,9 +154,8 @@ def test_resumed_under_tensor_parallelism(never_stopped, tmp_path):
 
 
 def test_resume_refuses_other_experts(never_stopped, tmp_path):
-    config, folder, _ = never_stopped
-    other = make_config(model={"dtype": config.model.dtype}).model_copy(
-        update={"experts": {"text": config.experts["text"]}})
+    config, folder, _ = never_stopped("float64")
+    other = make_config().model_copy(update={"experts": {"text": config.experts["text"]}})
     with pytest.raises(UserError, match=r"^experts: \['text'\]; .* has \['image', 'text'\]"), \
             toy_trainer(other, folder, resume=True):
         pass
