@@ -15,7 +15,8 @@ def recipe() -> RunConfig:
     return RunConfig(
         model={"path": "tiny_backbone", "dtype": "float32"},
         experts={
-            "text": {"task": "copd_megatron.tasks.text:TextTask", "task_args": {"kinds": ["sum"]}},
+            "text": {"task": "copd_megatron.tasks.text:TextTask",
+                     "task_args": {"kinds": ["difference"], "levels": [1]}},
             "image": {"task": "copd_megatron.tasks.image:ImageTask", "task_args": {"kinds": ["compare"]}},
             "video": {"task": "copd_megatron.tasks.video:VideoTask", "task_args": {"kinds": ["direction"]}},
         },
@@ -23,8 +24,9 @@ def recipe() -> RunConfig:
         adapter={"rank": 16, "alpha": 32.0},
         optimizer={"lr": 2e-3, "warmup_steps": 5, "betas": (0.9, 0.95)},
         rollout={"prompts_per_step": 32, "group_size": 8, "max_completion_tokens": 8},
-        schedule={"cycles": 16, "rl_steps": 3, "opd_steps": 2},
+        schedule={"cycles": 20, "rl_steps": 3, "opd_steps": 2},
         exchange={"topology": "hub", "hub": "text"},
+        opd={"signal": "topk", "topk": 16},
         evaluation={"every": 20, "prompts": 128, "final_prompts": 1024},
         metrics={"overlap_tokens": 128},
     )

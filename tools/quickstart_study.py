@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,15 +51,23 @@ def gains(folder: Path) -> dict[str, dict[str, tuple[float, float, float]]]:
             for p, by in held_out.items() if p != "base"}
 
 
-def overlap_around_opd(folder: Path) -> dict[str, float]:
-    """Mean pairwise top-10 overlap at the last RLVR step before and the last OPD step of each cycle."""
+def gap_around_opd(folder: Path) -> dict[str, dict[str, float]]:
+    """How far experts are apart at the last RLVR step before and at the last OPD step of each cycle.
+
+    Means over cycles, for pairs that teach each other and for pairs that do not: top-10 overlap, symmetric KL in nats.
+    """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    mean = lambda row: float(np.mean([v for k, v in row.items() if k.startswith("pair/") and k.endswith("overlap")]))  # noqa: E731
-    before = [mean(a) for a, b in zip(rows, rows[1:]) if a["phase"] == "rlvr" and b["phase"] == "opd"]
-    after = [mean(a) for a, b in zip(rows, [*rows[1:], {"phase": "rlvr"}])
-             if a["phase"] == "opd" and b["phase"] == "rlvr"]
-    return {"before_opd": float(np.mean(before)) if before else mean(rows[-1]),
-            "after_opd": float(np.mean(after)) if after else mean(rows[-1]), "end": mean(rows[-1])}
+    ends = {"before_opd": [a for a, b in zip(rows, rows[1:]) if a["phase"] == "rlvr" and b["phase"] == "opd"],
+            "after_opd": [a for a, b in zip(rows, [*rows[1:], {"phase": "rlvr"}])
+                          if a["phase"] == "opd" and b["phase"] == "rlvr"]}
+    result = {}
+    for what in ("overlap", "symmetric_kl"):
+        keys = [key for key in rows[-1] if key.startswith("pair/") and key.endswith("/" + what)]
+        with_hub = [key for key in keys if "text" in key]
+        for kind, chosen in (("hub", with_hub), ("spokes", [key for key in keys if key not in with_hub])):
+            result[f"{kind}/{what}"] = {when: float(np.mean([row[k] for row in at for k in chosen]))
+                                        for when, at in ends.items() if at}
+    return result
 
 
 def table(rows: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
@@ -76,11 +85,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the cores")
     options = parser.parse_args()
     out = options.out.resolve()
-    runs = {f"seed {s}": train(out / f"seed{s}", f"seed={s}") for s in options.seeds}
-    runs["OPD off"] = train(out / "opd_off", "exchange.topology=none")
-    runs["rewards shuffled"] = train(out / "shuffled", *SHUFFLED)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // options.jobs))
+    plan = {f"seed {s}": (out / f"seed{s}", f"seed={s}") for s in options.seeds}
+    plan["OPD off"] = (out / "opd_off", "exchange.topology=none")
+    plan["rewards shuffled"] = (out / "shuffled", *SHUFFLED)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        runs = dict(zip(plan, pool.map(lambda arguments: train(*arguments), plan.values())))
     blank = out / "blank.json"
     if not blank.exists():
         first = out / f"seed{options.seeds[0]}"
@@ -88,9 +101,9 @@ def main() -> None:
     result = {"machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}", "runs": {}}
     for name, folder in runs.items():
         summary = json.loads((folder / "summary.json").read_text())
-        result["runs"][name] = {"summary": summary, "gains": gains(folder), "overlap": overlap_around_opd(folder)}
+        result["runs"][name] = {"summary": summary, "gains": gains(folder), "gap": gap_around_opd(folder)}
         base = ", ".join(f"{d} {100 * summary['policies']['base'][d]:.1f} %" for d in DOMAINS)
-        print(f"\n{name}: base {base}; {summary['train_s']:.0f} s; overlap {result['runs'][name]['overlap']}")
+        print(f"\n{name}: base {base}; {summary['train_s']:.0f} s; gap {result['runs'][name]['gap']}")
         print(table(result["runs"][name]["gains"]))
     result["blank"] = {p: {d: row["avg"] for d, row in by.items()}
                        for p, by in json.loads(blank.read_text())["policies"].items()}
