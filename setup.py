@@ -45,7 +45,6 @@ EXTRAS = {
         "setuptools>=77",
         "wheel>=0.45",
     ],
-    "bench": ["psutil>=6"],
 }
 
 setup(

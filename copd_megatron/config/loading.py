@@ -21,7 +21,6 @@ from pydantic import ValidationError
 
 from copd_megatron.config.errors import explain
 from copd_megatron.config.overrides import overridden_tree
-from copd_megatron.config.reference import import_reference
 from copd_megatron.config.run import RunConfig
 from copd_megatron.config.section import Section
 from copd_megatron.types import Edge, UserError
@@ -230,20 +229,3 @@ def _nameless(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _nameless(entry, f"{key}[{index}]")
     elif isinstance(value, str) and NAMELESS.fullmatch(value):
         yield key, value
-
-
-def resolve_object(name: str, field: str = "object") -> Any:
-    """The object that "pkg.module:Name" names (``Name`` may be dotted). ``field`` is the key shown in errors.
-
-    Raises:
-        UserError: the form is wrong, the module cannot be imported, or has no such name.
-    """
-    try:
-        return import_reference(name)
-    except ValueError as error:
-        raise UserError(f"{field}: {error}") from error
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(
-            f"{field}: {name!r} was given; importing it failed with {reason}; mend the module"
-        ) from error

@@ -5,22 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from copd_megatron.config.reference import import_reference
+from copd_megatron.config.reference import resolve_object
 from copd_megatron.config.tasks import ExpertConfig
 from copd_megatron.tasks.base import Task
 from copd_megatron.types import UserError
 
 _MEMBERS = ("size", "item", "verify", "extract")
-
-
-def load_object(value: Any, where: str) -> Any:
-    """The object itself, or the one that a "pkg.module:Name" names; ``where`` begins an error."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return import_reference(value)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
 
 
 def build_task(config: ExpertConfig, name: str) -> Task:
@@ -29,11 +19,10 @@ def build_task(config: ExpertConfig, name: str) -> Task:
 
     Raises:
         UserError: the reference does not resolve, ``task_args`` do not fit, what came out is no task, or it
-        has no
-            training question. What the callable itself raises passes through.
+            has no training question. What the callable itself raises passes through.
     """
     where = f"experts.{name}.task"
-    task = load_object(config.task, where)
+    task = resolve_object(config.task, where)
     # A class has the members of a task, so only an instance may pass for one.
     if inspect.isclass(task) or (callable(task) and not isinstance(task, Task)):
         task = _call(task, config.task_args, name)

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from copd_megatron.tasks.loading import load_object
+from copd_megatron.config.reference import resolve_object
 from copd_megatron.types import TaskItem, UserError
 
 MAX_CONCURRENT = 256
@@ -55,7 +55,7 @@ class RewardCall:
         Raises:
             UserError: not found, not callable, or parameters of no known form.
         """
-        function = load_object(given, where)
+        function = resolve_object(given, where)
         if not callable(function):
             raise UserError(f"{where}: a {type(function).__name__} was given; allowed is a function or "
                             "'pkg.module:name'; correct it")

@@ -11,8 +11,9 @@ import torch
 
 from copd_megatron.checkpoint.manager import CheckpointManager, RunState
 from copd_megatron.checkpoint.peft import load_peft_adapter
-from copd_megatron.config.loading import resolve_object, to_json
+from copd_megatron.config.loading import to_json
 from copd_megatron.config.losses import RlvrConfig
+from copd_megatron.config.reference import resolve_object
 from copd_megatron.config.run import RunConfig
 from copd_megatron.exchange.schedule import Schedule
 from copd_megatron.metrics.progress import make_progress
@@ -148,7 +149,7 @@ def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Tra
 
 def _function(given: Any, field: str) -> Callable[..., Any] | None:
     """A recipe's own function, given as it is or by name."""
-    function = resolve_object(given, field) if isinstance(given, str) else given
+    function = resolve_object(given, field)
     if function is not None and not callable(function):
         raise UserError(f"{field}: a {type(function).__name__} was given; allowed is a function or "
                         "'pkg.module:name'; correct it")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron.config.loading import load_config, load_recipe, resolve_object, to_json
+from copd_megatron.config.loading import load_config, load_recipe, to_json
+from copd_megatron.config.reference import resolve_object
 from copd_megatron.config.run import RunConfig
 from copd_megatron.types import Edge, UserError
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from copd_megatron.config.exchange import ExchangeConfig
-from copd_megatron.config.loading import resolve_object
 from copd_megatron.config.losses import OpdConfig
+from copd_megatron.config.reference import resolve_object
 from copd_megatron.exchange.payload import Codec, Signal
 from copd_megatron.exchange.scatter import Exchange, ScoreRequest
 from copd_megatron.exchange.topology import edges

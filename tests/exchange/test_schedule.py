@@ -2,8 +2,8 @@
 import pytest
 
 from copd_megatron.config.exchange import ExchangeConfig
-from copd_megatron.config.loading import resolve_object
 from copd_megatron.config.losses import OpdConfig
+from copd_megatron.config.reference import resolve_object
 from copd_megatron.config.trainer import ScheduleConfig
 from copd_megatron.exchange.schedule import Schedule
 from copd_megatron.types import UserError

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copd_megatron.config.exchange import ExchangeConfig
-from copd_megatron.config.loading import resolve_object
 from copd_megatron.config.losses import OpdConfig
+from copd_megatron.config.reference import resolve_object
 from copd_megatron.exchange.topology import edges
 from copd_megatron.types import Edge, UserError
 

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from copd_megatron.config.loading import load_recipe, resolve_object, to_json
+from copd_megatron.config.loading import load_recipe, to_json
+from copd_megatron.config.reference import resolve_object
 from copd_megatron.launch.run_folder import check_startable, config_of, existing_run
 from copd_megatron.metrics.run_info import write_run_info
 from copd_megatron.types import UserError

@@ -2,9 +2,9 @@
 import numpy as np
 import pytest
 import torch
-from support.random_backbone import SPEC, make_backbone, make_prompt, make_visual, one_rank_groups
 
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack, pack_tokens
+from support.random_backbone import SPEC, make_backbone, make_prompt, make_visual, one_rank_groups
 
 CPU = torch.device("cpu")
 
@@ -108,10 +108,10 @@ def test_rank_concatenation_is_the_exact_mean(groups):
     backbone.bank.put_combination("mean", {"a": 0.5, "b": 0.5})
     merged = {n: p for n, p in backbone.bank.parameters_of("mean").items()}
     for name in backbone.bank.names():
-        delta = lambda e: (backbone.bank.scaling_of(e) * backbone.bank.parameters_of(e)[f"{name}.lora_B"]  # noqa: E731
-                           @ backbone.bank.parameters_of(e)[f"{name}.lora_A"])
-        torch.testing.assert_close(merged[f"{name}.lora_B"] @ merged[f"{name}.lora_A"],
-                                   (delta("a") + delta("b")) / 2, rtol=0, atol=1e-14)
+        deltas = [backbone.bank.scaling_of(e) * backbone.bank.parameters_of(e)[f"{name}.lora_B"]
+                  @ backbone.bank.parameters_of(e)[f"{name}.lora_A"] for e in ("a", "b")]
+        torch.testing.assert_close(merged[f"{name}.lora_B"] @ merged[f"{name}.lora_A"], sum(deltas) / 2,
+                                   rtol=0, atol=1e-14)
     with torch.no_grad():
         assert backbone(build_pack(lanes, backbone.rules, CPU)).isfinite().all()
 

@@ -288,7 +288,7 @@ def test_task_and_reward_from_a_package_outside(outside_package):
     assert scored == Scored(1.5, {"accuracy": 1.0, "brevity": 1.0}, "8")
     assert build_task(ExpertConfig(task="my_lab.cubes:READY"), "cubes").item("train", 0).answer == 1000
     # A fault of the package, not of the reference.
-    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+    with pytest.raises(UserError, match="experts.cubes.task: .*.*no_such_dependency.*mend the module"):
         build_task(ExpertConfig(task="my_lab.broken:Task"), "cubes")
 
 

@@ -86,7 +86,8 @@ def test_it_answers_in_form_and_is_right_about_half_the_time(maker, processor, m
 
 def test_warm_up_lowers_the_loss_on_training_questions(maker, processor):
     torch.manual_seed(0)
-    warmup = maker.Warmup(maker.build_model(processor.tokenizer), processor, {TextTask(kinds=["difference"]): 1.0}, seed=0)
+    model = maker.build_model(processor.tokenizer)
+    warmup = maker.Warmup(model, processor, {TextTask(kinds=["difference"]): 1.0}, seed=0)
     items = warmup.draw(16)
 
     def loss():
