@@ -28,5 +28,6 @@ def recipe() -> RunConfig:
         exchange={"topology": "hub", "hub": "text"},
         opd={"signal": "topk", "topk": 16},
         evaluation={"every": 20, "prompts": 128, "final_prompts": 1024},
+        checkpoint={"every": 25},
         metrics={"overlap_tokens": 128},
     )
