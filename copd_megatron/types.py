@@ -145,7 +145,7 @@ class Edge:
     teacher: str
     student: str
     beta: float = 1.0
-    signal: Literal["sampled", "topk", "full"] = "sampled"
+    signal: Literal["sampled", "topk", "student_topk", "full"] = "sampled"
 
 
 class UserError(Exception):

@@ -13,5 +13,6 @@ class ExchangeConfig(Section):
     or its "pkg.module:name"."""
     hub: str | None = None
     """Centre of the hub topology; None: the first expert."""
-    transport: Literal["scatter"] = "scatter"
-    """``scatter``: the teacher's replica scores and sends the signal by all-to-all."""
+    transport: Literal["auto", "scatter", "gather_adapters"] = "auto"
+    """scatter: the teacher's replica scores, and signals come back by all-to-all; gather_adapters: teachers'
+    adapters travel and the student's replica scores; auto: in each step whichever moves fewer bytes (logged)."""

@@ -59,13 +59,14 @@ class RlvrConfig(Section):
 class OpdConfig(Section):
     """On-policy distillation between experts."""
 
-    signal: Literal["sampled", "topk", "full"] = "sampled"
-    """What the teacher returns: the sampled token's log-prob (the paper), its top-k with a tail
-    bucket, or the full vocabulary."""
+    signal: Literal["sampled", "topk", "student_topk", "full"] = "sampled"
+    """What the teacher returns: the sampled token's log-prob (the paper); log-probs of its own top-k, or of the
+    student's (one more scoring of the student), with the mass of the rest; or its last hidden state, from which
+    the shared head makes the full vocabulary."""
     beta: float = 1.0
     """Weight of the distillation signal."""
     topk: int = Field(64, ge=1)
-    """k of signal topk; the whole vocabulary if that is smaller."""
+    """k of signals topk and student_topk; the whole vocabulary if that is smaller."""
     divergence: Literal["reverse", "forward", "jsd"] = "reverse"
     """reverse: KL(student || teacher); forward: KL(teacher || student); jsd: generalised Jensen-Shannon."""
     jsd_weight: float = Field(0.5, gt=0, lt=1)

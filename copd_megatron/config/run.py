@@ -18,7 +18,7 @@ from copd_megatron.config.trainer import EvaluationConfig, MergeConfig, Optimize
 
 EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 RESERVED_NAMES = frozenset({"base", "merged", "kl_reference",
-                            "edge", "pair", "time", "tokens", "memory", "eval", "record"})
+                            "edge", "pair", "exchange", "time", "tokens", "memory", "eval", "record"})
 """Other policies, and first words of metrics that are not an expert's."""
 
 

@@ -15,7 +15,7 @@ Shape suffixes: T completion tokens, K top-k ids, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from copd_megatron.losses.topk_kl import log_tail
 
-Kind = Literal["sampled", "topk", "full"]
+Kind = Literal["sampled", "topk", "student_topk", "full"]
 WIRE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -35,8 +35,9 @@ class Signal:
     logprobs_T: Tensor
     """Natural log-prob of each sampled token; there for every kind."""
     topk_ids_TK: Tensor | None = None
-    """int64, most likely first; kind ``topk``."""
+    """int64: the teacher's most likely ones, that one first (``topk``), or the student's (``student_topk``)."""
     topk_logprobs_TK: Tensor | None = None
+    """The teacher's log-probs at these ids."""
     log_tail_T: Tensor | None = None
     """Natural log of the mass outside the K ids, set by the codec; -inf where none is left."""
     hidden_TH: Tensor | None = None
@@ -55,7 +56,7 @@ class Codec:
     wire_dtype: str = "float32"
     """Of top-k log-probs and hidden states; the sampled token's log-prob is always float32."""
     topk: int = 0
-    """K; kind ``topk`` only."""
+    """K; kinds ``topk`` and ``student_topk``, whose ids the student knows, so that they do not travel."""
     hidden_size: int = 0
     """H; kind ``full`` only."""
     exact: bool = False
@@ -76,7 +77,8 @@ class Codec:
 
     def round(self, signal: Signal) -> Signal:
         """The signal as the other side will read it."""
-        return self.unpack(self.pack([signal], signal.logprobs_T.device), [len(signal.logprobs_T)])[0]
+        read = self.unpack(self.pack([signal], signal.logprobs_T.device), [len(signal.logprobs_T)])[0]
+        return replace(read, topk_ids_TK=signal.topk_ids_TK) if self.kind == "student_topk" else read
 
     def pack(self, signals: Sequence[Signal], device: torch.device) -> Tensor:
         """[tokens, bytes_per_token] uint8: all signals, one row per token.
@@ -97,6 +99,8 @@ class Codec:
     def unpack(self, rows: Tensor, lengths: Sequence[int]) -> list[Signal]:
         """Inverse of ``pack`` for signals of the given lengths; equal to ``round`` of what was packed.
 
+        Signals of kind ``student_topk`` come without their ids.
+
         Raises:
             ValueError: not so many rows, or not so wide.
         """
@@ -109,8 +113,8 @@ class Codec:
             # A clone, not contiguous(): a single row counts as contiguous wherever it lies, aligned or not.
             values = part.clone(memory_format=torch.contiguous_format).view(dtype)
             columns.append(values.to(self.decoded_dtype if values.is_floating_point() else torch.int64))
-        if self.kind == "topk" and self.dtype != self.decoded_dtype:
-            columns[2] = _scaled_to(columns[2], columns[3])
+        if self.kind in ("topk", "student_topk") and self.dtype != self.decoded_dtype:
+            columns[-2] = _scaled_to(columns[-2], columns[-1])
         parts = zip(*(column.split(list(lengths)) for column in columns))
         return [self._signal(*part) for part in parts]
 
@@ -119,6 +123,8 @@ class Codec:
         own = (self.decoded_dtype, 1)
         if self.kind == "topk":
             return [own, (torch.int32, self.topk), (self.dtype, self.topk), own]
+        if self.kind == "student_topk":
+            return [own, (self.dtype, self.topk), own]
         return [own, (self.dtype, self.hidden_size)] if self.kind == "full" else [own]
 
     def _values(self, signal: Signal) -> list[Tensor]:
@@ -126,22 +132,27 @@ class Codec:
         if signal.kind != self.kind:
             raise ValueError(f"a signal of kind {signal.kind}; this codec packs {self.kind}")
         own = signal.logprobs_T[:, None]
-        if self.kind == "topk":
+        if self.kind in ("topk", "student_topk"):
+            ids = [signal.topk_ids_TK] if self.kind == "topk" else []
             tail_T = log_tail(signal.topk_logprobs_TK.double())
-            return [own, signal.topk_ids_TK, signal.topk_logprobs_TK, tail_T[:, None]]
+            return [own, *ids, signal.topk_logprobs_TK, tail_T[:, None]]
         return [own, signal.hidden_TH] if self.kind == "full" else [own]
 
     def _signal(self, own_T1: Tensor, *others: Tensor) -> Signal:
         """Inverse of ``_values``."""
         own_T = own_T1[:, 0]
-        if self.kind == "topk":
-            ids_TK, logprobs_TK, tail_T1 = others
-            return Signal("topk", own_T, ids_TK, logprobs_TK, tail_T1[:, 0])
+        if self.kind in ("topk", "student_topk"):
+            *ids_TK, logprobs_TK, tail_T1 = others
+            return Signal(self.kind, own_T, *(ids_TK or [None]), logprobs_TK, tail_T1[:, 0])
         return Signal(self.kind, own_T, hidden_TH=others[0] if self.kind == "full" else None)
 
 
 def _scaled_to(logprobs_TK: Tensor, log_tail_T1: Tensor) -> Tensor:
-    """Rounded log-probs, scaled so that head and tail sum to 1; in float64, lest the order of sums shows."""
+    """Rounded log-probs, scaled so that head and tail sum to 1; in float64, lest the order of sums shows.
+
+    A head of less mass than float32 can say (a teacher that knows nothing of the student's ids) stays as it is.
+    """
     rounded = logprobs_TK.double()
-    head = torch.log1p(-log_tail_T1.double().exp())
-    return (rounded + head - rounded.logsumexp(1, keepdim=True)).to(logprobs_TK.dtype)
+    head = (-torch.expm1(log_tail_T1.double())).log()
+    scale = head - rounded.logsumexp(1, keepdim=True)
+    return (rounded + scale.masked_fill(head.isinf(), 0)).to(logprobs_TK.dtype)

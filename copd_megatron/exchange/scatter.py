@@ -1,44 +1,34 @@
 """Transport ``scatter``: completions go to the replica that hosts their teacher, signals come back.
 
-Two all-to-alls over the exchange group (same pp, cp, tp coordinate on all replicas): small token ids out on
-every stage, signals back between last stages. Within a replica nothing moves, but signals pass the same
-codec. A teacher on several replicas serves its students in turns, so that its work is shared.
+All-to-alls over the exchange group (same pp, cp, tp coordinate on all replicas): small token ids out on every
+stage, signals back between last stages, ``exchange.answers``. Within a replica nothing moves, but signals pass
+the same codec. A teacher on several replicas serves its students in turns, so that its work is shared.
+
+With transport ``gather_adapters`` every request stays at home: the adapters have come instead
+(``exchange.gather``).
 """
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from copd_megatron.exchange.answers import Answers
 from copd_megatron.exchange.payload import Codec, Kind, Signal
-from copd_megatron.parallel.collectives import all_to_all_ragged
+from copd_megatron.exchange.request import ID_BYTES, ScoreRequest, read_requests, write_requests
+from copd_megatron.exchange.wire import Wire, as_bytes, from_bytes
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
-
-HEADER = 5
-"""Integers before a request's tokens: length, teacher, student, prompt, kind."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """A completion that a student wants scored. Example: ``ScoreRequest("text", "image", 3, (17, 4, 2))``."""
-
-    teacher: str
-    student: str
-    prompt: int
-    """Place of the prompt in the teacher's native batch of the step."""
-    token_ids: tuple[int, ...]
-    kind: Kind = "sampled"
 
 
 @dataclass(frozen=True)
 class Exchange:
     """One step's requests: what this replica asked, and what it was asked.
 
-    ``open`` it, score ``to_score``, ``close`` it with the signals.
+    ``open`` it; on last stages score ``to_score`` and ``close`` it with the signals, or hand them over round by
+    round (``answers``).
     """
 
     groups: Groups
@@ -47,101 +37,119 @@ class Exchange:
     """Replica that scores each of ``asked``."""
     received: Sequence[Sequence[ScoreRequest]]
     """Requests by asking replica, in their order; this replica's own among them."""
+    wire: Wire | None = None
+    """None where nothing crosses: one replica, or all teachers at home."""
+    student_ids: Sequence[Tensor | None] = ()
+    """[T, K] ids of each of ``asked`` at which the teacher shall answer; kind ``student_topk``, see ``tell_ids``."""
 
     @classmethod
-    def open(cls, asked: Sequence[ScoreRequest], groups: Groups) -> Exchange:
+    def open(cls, asked: Sequence[ScoreRequest], groups: Groups, at_home: bool = False,
+             checked: bool = False) -> Exchange:
         """Send the requests out. All ranks of the exchange group call it together.
+
+        Args:
+            at_home: every teacher's adapters are on this replica; nothing is sent, now or later.
+            checked: a checksum with every message (``parallel.debug_checks``).
 
         Raises:
             KeyError: a teacher or student that is no expert.
         """
         here = groups.coords.replica
-        hosts = [_host(request, groups) for request in asked]
-        if groups.layout.replicas == 1:
-            return cls(groups, asked, hosts, [list(asked)])
+        hosts = [here if at_home else host_of(request, groups) for request in asked]
+        student_ids = [None] * len(asked)
+        if at_home or groups.layout.replicas == 1:
+            received = [list(asked) if replica == here else [] for replica in range(groups.layout.replicas)]
+            return cls(groups, asked, hosts, received, student_ids=student_ids)
+        wire = Wire(groups.exchange, checked)
         experts = groups.placement.experts
-        place = {name: index for index, name in enumerate(experts)}
-        out: list[list[int]] = [[] for _ in range(groups.layout.replicas)]
+        by_host: list[list[ScoreRequest]] = [[] for _ in range(groups.layout.replicas)]
         for request, host in zip(asked, hosts):
-            if host != here:
-                out[host] += [len(request.token_ids), place[request.teacher], place[request.student],
-                              request.prompt, KINDS.index(request.kind), *request.token_ids]
-        tensors = [torch.tensor(flat, dtype=torch.int64, device=device()) for flat in out]
-        received = [_read(flat.tolist(), experts) for flat in all_to_all_ragged(tensors, groups.exchange)]
-        received[here] = [request for request, host in zip(asked, hosts) if host == here]
-        return cls(groups, asked, hosts, received)
+            by_host[host].append(request)
+        home, by_host[here] = by_host[here], []
+        out = [torch.tensor(write_requests(part, experts), dtype=torch.int32, device=device()) for part in by_host]
+        received = [read_requests(from_bytes(message, torch.int32).tolist(), experts)
+                    for message in wire.trade_ragged([as_bytes(numbers) for numbers in out])]
+        received[here] = home
+        return cls(groups, asked, hosts, received, wire, student_ids)
 
     @property
     def to_score(self) -> list[ScoreRequest]:
         """All requests that this replica must score, its own students' included."""
         return [request for part in self.received for request in part]
 
+    def tell_ids(self, student_ids: Sequence[Tensor | None], k: int) -> tuple[Exchange, list[Tensor | None]]:
+        """Send the students' ids after the requests. Last stages call it together.
+
+        Args:
+            student_ids: [T, k] int64 for each of ``asked`` of kind ``student_topk``, None for others.
+
+        Returns:
+            The exchange that knows them, and for each of ``to_score`` the ids at which it is asked, or None.
+
+        Raises:
+            ValueError: ids of another shape, missing, or for another kind.
+        """
+        for request, ids in zip(self.asked, student_ids, strict=True):
+            given = None if ids is None else tuple(ids.shape)
+            wanted = (len(request.token_ids), k) if request.kind == "student_topk" else None
+            if given != wanted:
+                raise ValueError(f"student_ids: {given} for a request of kind {request.kind} and "
+                                 f"{len(request.token_ids)} tokens; {wanted}")
+        here = self.groups.coords.replica
+        told = [[ids for ids, host in zip(student_ids, self.hosts) if host == replica]
+                for replica in range(len(self.received))]
+        if self.wire is not None:
+            empty = torch.empty(0, dtype=torch.int32, device=device())
+            out = [as_bytes(torch.cat([empty, *(ids.flatten().int() for ids in part if ids is not None)]))
+                   if replica != here else as_bytes(empty) for replica, part in enumerate(told)]
+            sizes = [_id_bytes(part, k) if replica != here else 0 for replica, part in enumerate(self.received)]
+            messages = self.wire.trade(out, sizes).wait()
+            told = [told[here] if replica == here else _split_ids(message, self.received[replica], k)
+                    for replica, message in enumerate(messages)]
+        return replace(self, student_ids=list(student_ids)), [ids for part in told for ids in part]
+
+    def answers(self, codecs: Mapping[Kind, Codec], round_of: Sequence[int]) -> Answers:
+        """The way back, in rounds; last stages call it together.
+
+        Args:
+            codecs: signal kind -> codec; the same kinds on every replica, whatever each of them asked.
+            round_of: the round, from 0, in which each of ``to_score`` will have been scored.
+        """
+        return Answers(self.groups, self.wire, self.asked, self.hosts, self.received, self.student_ids, codecs,
+                       round_of)
+
     def close(self, signals: Sequence[Signal], codecs: Mapping[Kind, Codec]) -> list[Signal]:
-        """Send the signals back; the signals of ``asked``, in order. Last stages call it together.
+        """Send all signals back at once, and wait; the signals of ``asked``, in order. The plain way.
 
         Args:
             signals: of ``to_score``, in order.
-            codecs: signal kind -> codec; the same kinds on every replica, whatever each of them asked.
+            codecs: as in ``answers``.
 
         Raises:
             ValueError: not one signal per request, of its kind and length, or a kind without a codec.
         """
-        self._check(signals, codecs)
-        unread = iter(signals)
-        answers = [[next(unread) for _ in part] for part in self.received]
-        result: dict[int, Signal] = {}
-        for kind in sorted(codecs):
-            of_kind = [[signal for signal in part if signal.kind == kind] for part in answers]
-            for place, signal in zip(self._places(kind), self._returned(of_kind, kind, codecs[kind])):
-                result[place] = signal
-        return [result[place] for place in range(len(self.asked))]
-
-    def _places(self, kind: Kind) -> list[int]:
-        """Indices into ``asked``, by the replica that scored them: the order in which signals arrive."""
-        return [place for replica in range(self.groups.layout.replicas)
-                for place, (request, host) in enumerate(zip(self.asked, self.hosts))
-                if host == replica and request.kind == kind]
-
-    def _returned(self, answers: Sequence[Sequence[Signal]], kind: Kind, codec: Codec) -> list[Signal]:
-        """Trade signals of one kind: ``answers[i]`` goes to replica i, what comes back is as ``_places``."""
-        here = self.groups.coords.replica
-        own = [codec.round(signal) for signal in answers[here]]
-        if len(answers) == 1:
-            return own
-        out = [codec.pack([] if replica == here else part, device()) for replica, part in enumerate(answers)]
-        returned: list[Signal] = []
-        for replica, rows in enumerate(all_to_all_ragged(out, self.groups.exchange)):
-            lengths = [len(request.token_ids) for request, host in zip(self.asked, self.hosts)
-                       if host == replica and request.kind == kind]
-            returned += own if replica == here else codec.unpack(rows, lengths)
-        return returned
-
-    def _check(self, signals: Sequence[Signal], codecs: Mapping[Kind, Codec]) -> None:
-        expected = [(request.kind, len(request.token_ids)) for request in self.to_score]
-        given = [(signal.kind, len(signal.logprobs_T)) for signal in signals]
-        if given != expected:
-            wrong = next((i for i, pair in enumerate(zip(given, expected)) if pair[0] != pair[1]), None)
-            detail = "" if wrong is None else f"; number {wrong} is {given[wrong]}, not {expected[wrong]}"
-            raise ValueError(f"{len(given)} signals for {len(expected)} requests{detail}")
-        uncoded = {request.kind for request in (*self.to_score, *self.asked)} - set(codecs)
-        if uncoded:
-            raise ValueError(f"no codec for signals of kind {sorted(uncoded)}; there are {sorted(codecs)}")
+        requests = self.to_score
+        if len(signals) != len(requests):
+            raise ValueError(f"{len(signals)} signals for {len(requests)} requests")
+        answers = self.answers(codecs, [0] * len(requests))
+        answers.send(dict(enumerate(signals)))
+        return answers.finish()
 
 
-def _host(request: ScoreRequest, groups: Groups) -> int:
+def host_of(request: ScoreRequest, groups: Groups) -> int:
     """This replica if it hosts the teacher, else one of those that do, by prompt."""
     replicas = groups.placement.replicas_of(request.teacher)
     here = groups.coords.replica
     return here if here in replicas else replicas[request.prompt % len(replicas)]
 
 
-def _read(flat: Sequence[int], experts: Sequence[str]) -> list[ScoreRequest]:
-    """Requests from the integers that another replica sent."""
-    requests, at = [], 0
-    while at < len(flat):
-        length, teacher, student, prompt, kind = flat[at:at + HEADER]
-        at += HEADER
-        requests.append(ScoreRequest(experts[teacher], experts[student], prompt, tuple(flat[at:at + length]),
-                                     KINDS[kind]))
-        at += length
-    return requests
+def _id_bytes(requests: Sequence[ScoreRequest], k: int) -> int:
+    """Bytes of the students' ids that come with these requests."""
+    return sum(ID_BYTES * k * len(request.token_ids) for request in requests if request.kind == "student_topk")
+
+
+def _split_ids(message: Tensor, requests: Sequence[ScoreRequest], k: int) -> list[Tensor | None]:
+    """[T, k] int64 of each request of kind ``student_topk``, None for others."""
+    lengths = [len(r.token_ids) for r in requests if r.kind == "student_topk"]
+    parts = iter(from_bytes(message, torch.int32).view(-1, k).long().split(lengths) if lengths else ())
+    return [next(parts) if request.kind == "student_topk" else None for request in requests]

@@ -26,7 +26,8 @@ def log_tail(logprobs_TK: Tensor) -> Tensor:
     """
     if logprobs_TK.dtype != torch.float64:
         logprobs_TK = logprobs_TK.float()
-    return (1 - logprobs_TK.exp().sum(1)).clamp_min(0).log()
+    # log1p, not log(1 - mass): the student's ids may have next to no mass under the teacher.
+    return torch.log1p(-logprobs_TK.exp().sum(1).clamp_max(1))
 
 
 def topk_divergence(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, teacher_log_tail_T: Tensor,

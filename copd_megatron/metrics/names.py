@@ -18,7 +18,7 @@ PHASES: tuple[Phase, ...] = ("rlvr", "opd", "eval")
 TIMED_PHASES = ("rollout", "vision", "verify", "score", "exchange", "update", "evaluation", "save")
 """What a step spends its time on, in the order of the loop; timers and report use these."""
 
-RESERVED = frozenset({"edge", "pair", "time", "tokens", "memory", "eval", "record"})
+RESERVED = frozenset({"edge", "pair", "exchange", "time", "tokens", "memory", "eval", "record"})
 """First words of names that are not experts; no expert may be called so."""
 
 
@@ -115,6 +115,17 @@ _EDGE = (
            "native tokens x `opd.cross_ratio` / edges", "Far off: completions differ much in length."),
 )
 
+_EXCHANGE = (
+    Metric("exchange/scatter_bytes", "What the step's exchange moves between replicas, all ranks together, if teachers "
+           "score at home and signals travel (`exchange.transport=scatter`).", "bytes",
+           "as `edge/*/tokens` times the payload", "Large: `opd.wire_dtype=bfloat16`, a smaller `opd.topk`."),
+    Metric("exchange/gather_adapters_bytes", "The same if the teachers' adapters travel "
+           "(`exchange.transport=gather_adapters`).", "bytes", "constant",
+           "Large: a lower `adapter.rank`, a sparser `exchange.topology`."),
+    Metric("exchange/moved_bytes", "The one of the two that was taken.", "bytes", "the lower one",
+           "The higher one: set `exchange.transport=auto`."),
+)
+
 _PAIR = (
     Metric("pair/{a}~{b}/overlap", "Mean share of common top-k tokens of two experts on both experts' own "
            "states (k = `metrics.overlap_k`).", "0 to 1", "above 0.9: dips in RLVR, recovers in OPD",
@@ -162,6 +173,7 @@ _RECORD = (
 GROUPS: dict[str, tuple[Metric, ...]] = {
     "Each expert": _EXPERT,
     "Each edge teacher -> student (OPD steps)": _EDGE,
+    "The exchange (OPD steps, where experts live on several replicas)": _EXCHANGE,
     "Each pair of experts": _PAIR,
     "Time, tokens, memory": _WORK,
     "Evaluation (TensorBoard and W&B; the same numbers are in evaluations.jsonl)": _EVAL,

@@ -140,7 +140,8 @@ def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Tra
     native = NativeBatch(policies.source, groups, config.rollout, config.rlvr, params, own_advantage)
     cross = CrossBatch(policies.source, groups, config.rollout, config.opd, native, params)
     budget = config.optimizer.microbatch_tokens
-    scoring = Scoring(runner, groups, cross, config.rlvr, config.opd, config.rollout, budget)
+    scoring = Scoring(runner, groups, cross, config.rlvr, config.opd, config.rollout, budget,
+                      config.exchange.transport, config.parallel.debug_checks)
     learner = Learner(runner, groups, state.optimizers, config.rlvr, config.opd, config.rollout, budget, own_loss)
     milestones = _milestones(config, run_dir, policies, state, checkpoints, schedule.total_steps, resume)
     return Trainer(config, groups, runner, policies.collector, native, cross, scoring, learner, schedule,

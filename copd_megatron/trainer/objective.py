@@ -2,7 +2,8 @@
 
 native (RLVR)         clipped surrogate with the group advantage, + kl_coef KL - entropy_coef entropy
 cross, ``sampled``    the same surrogate with advantage beta (log pi_teacher - log pi_student), both detached
-cross, others         beta x divergence from the teacher, on its top-k with a tail bucket or on the vocabulary
+cross, others         beta x divergence from the teacher, on k ids (its own top-k or the student's) with a tail
+                      bucket, or on the vocabulary
 
 (Gu et al. 2026, arXiv:2604.27083). loss = sum over tokens of weight x loss, see ``losses.reduction``: native
 and cross samples of an expert are reduced together, as one batch.
@@ -146,7 +147,8 @@ class Objective:
 
     def _divergence(self, rows: Rows, hidden_NH: Tensor, at_logprobs_NK: Tensor | None) -> Tensor | None:
         """[N] divergence from the teacher for top-k and full signals, 0 on other tokens; None without any."""
-        kinds = [None if s.signal is None else s.signal.kind for s in rows.samples]
+        kinds = [None if s.signal is None else "topk" if s.signal.topk_ids_TK is not None else s.signal.kind
+                 for s in rows.samples]
         if not {"topk", "full"} & set(kinds):
             return None
         distance = torch.zeros_like(rows.weights_N)
@@ -212,7 +214,7 @@ def _tokens_per_group(rows: Rows, group_of: Sequence[int | None], groups: int) -
 
 def _teacher_ids(rows: Rows) -> Tensor | None:
     """[N, K] ids at which the student is scored; rows without a top-k signal repeat id 0, unused."""
-    signals = [s.signal if s.signal is not None and s.signal.kind == "topk" else None for s in rows.samples]
+    signals = [s.signal if s.signal is not None and s.signal.topk_ids_TK is not None else None for s in rows.samples]
     width = max((s.topk_ids_TK.shape[1] for s in signals if s is not None), default=0)
     if not width:
         return None

@@ -1,12 +1,15 @@
 """Everything that is known about samples before the update: one pass without gradient, then the exchange.
 
 Lanes of one pass: the backbone (KL is always logged), a frozen KL reference, the policy itself where several
-updates follow, and every teacher that this replica hosts, for its own students and for those elsewhere.
-Teachers are scored with the weights they have at the start of the step.
+updates follow, and every teacher that this replica hosts, for its own students and for those elsewhere; or,
+where adapters travel instead, every teacher of its own students. Signal ``student_topk`` takes a pass of the
+students before it. Teachers are scored with the weights they have at the start of the step.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +17,12 @@ from torch import Tensor
 
 from copd_megatron.config.losses import OpdConfig, RlvrConfig
 from copd_megatron.config.rollout import RolloutConfig
-from copd_megatron.exchange.payload import Codec, Signal
-from copd_megatron.exchange.scatter import Exchange, ScoreRequest
+from copd_megatron.exchange.gather import gathered_teachers
+from copd_megatron.exchange.payload import Codec, Kind, Signal
+from copd_megatron.exchange.request import KINDS, ScoreRequest
+from copd_megatron.exchange.scatter import Exchange
+from copd_megatron.exchange.transport import StepBytes, adapter_bytes
+from copd_megatron.exchange.wire import Wire
 from copd_megatron.metrics.timers import Timers
 from copd_megatron.model.shared_prefix import Pack
 from copd_megatron.model.vocab_parallel import score
@@ -23,10 +30,15 @@ from copd_megatron.parallel.groups import Groups
 from copd_megatron.trainer.batching import Lane, Microbatch, Sample, make_microbatches
 from copd_megatron.trainer.forward import Runner
 from copd_megatron.trainer.opd_phase import CrossBatch
+from copd_megatron.trainer.step_metrics import Sums
 from copd_megatron.types import Completion, Edge, Segment
+
+log = logging.getLogger(__name__)
 
 REFERENCE = "kl_reference"
 """Slot of the frozen adapter that ``rlvr.kl_reference`` names."""
+Key = tuple[Sample, str | None]
+"""Of a lane: the sample and the policy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +48,7 @@ class _Scored:
     logprobs: Tensor
     topk_ids: Tensor | None
     topk_logprobs: Tensor | None
+    at_logprobs: Tensor | None
     hidden: Tensor | None
 
 
@@ -43,34 +56,77 @@ class Scoring:
     """Fills ``old_logprobs``, ``backbone_logprobs``, ``reference_logprobs`` and ``signal`` of samples."""
 
     def __init__(self, runner: Runner, groups: Groups, cross: CrossBatch, rlvr: RlvrConfig, opd: OpdConfig,
-                 rollout: RolloutConfig, microbatch_tokens: int):
+                 rollout: RolloutConfig, microbatch_tokens: int, transport: str = "auto", checked: bool = False):
+        """``transport``: ``exchange.transport``; ``checked``: ``parallel.debug_checks``."""
         self.runner, self.groups, self.cross = runner, groups, cross
         self.rlvr, self.opd, self.rollout = rlvr, opd, rollout
-        self.microbatch_tokens = microbatch_tokens
+        self.microbatch_tokens, self.transport, self.checked = microbatch_tokens, transport, checked
+        self._announced: str | None = None
 
-    def score(self, samples: Sequence[Sample], step: int, edges: Sequence[Edge], timers: Timers) -> None:
-        """Score all samples in place. All replicas call it together: signals cross between them."""
+    def score(self, samples: Sequence[Sample], step: int, edges: Sequence[Edge], timers: Timers) -> Sums:
+        """Score all samples in place. All replicas call it together: signals cross between them.
+
+        Returns:
+            Metrics of the exchange; none where all experts live together.
+        """
         crossing = [s for s in samples if not s.is_native]
-        with timers("exchange"):
-            exchange = Exchange.open([
-                ScoreRequest(s.edge.teacher, s.edge.student, s.slot, tuple(s.completion.token_ids),
-                             s.edge.signal) for s in crossing], self.groups)
-        requests = exchange.to_score
-        guests = [Lane(self._guest(request, step), request.teacher) for request in requests]
-        kinds = {kind for kind in ("sampled", "topk", "full") if any(e.signal == kind for e in edges)}
-        scored = self._pass([*self._own_lanes(samples), *guests], kinds)
+        asked = [ScoreRequest(s.edge.teacher, s.edge.student, s.slot, tuple(s.completion.token_ids), s.edge.signal)
+                 for s in crossing]
+        codecs = {kind: self._codec(kind) for kind in KINDS if any(e.signal == kind for e in edges)}
+        taken, sums = self._choose(asked, edges, codecs)
+        scored = self._score_students(crossing) if "student_topk" in codecs else {}
+        own = [lane for lane in self._own_lanes(samples) if _key(lane) not in scored]
+        with ExitStack() as gathered, timers("exchange"):
+            if taken == "gather_adapters":
+                wire = Wire(self.groups.exchange, self.checked)
+                gathered.enter_context(gathered_teachers(self.runner.backbone.bank, self.groups, edges, wire))
+            at_home = not edges or taken == "gather_adapters"
+            exchange = Exchange.open(asked, self.groups, at_home, self.checked)
+            ids: list[Tensor | None] = [None] * len(exchange.to_score)
+            if "student_topk" in codecs and self.groups.is_last_stage:
+                exchange, ids = exchange.tell_ids([scored[s, s.expert].topk_ids if s.edge.signal == "student_topk"
+                                                   else None for s in crossing], self._topk())
+            with timers("score"):
+                own_scores, returned = self._pass(own, exchange, ids, codecs, step, timers)
+        scored |= own_scores
+        self._fill(samples, crossing, scored, returned)
+        return sums
+
+    def _fill(self, samples: Sequence[Sample], crossing: Sequence[Sample],
+              scored: Mapping[Key, _Scored], returned: Sequence[Signal]) -> None:
+        """Hand every sample what is known about it; on the last stage, elsewhere nothing is."""
         if not self.groups.is_last_stage:
             return
-        signals = [self._signal(scored[_key(lane)], request) for lane, request in zip(guests, requests)]
-        with timers("exchange"):
-            returned = exchange.close(signals, {kind: self._codec(kind) for kind in sorted(kinds)})
-        for sample, signal in zip(crossing, returned):
+        for sample, signal in zip(crossing, returned, strict=True):
             sample.signal = signal
+        several = self.rlvr.minibatches_per_rollout * self.rlvr.epochs > 1
         for sample in samples:
             own, backbone, reference = (scored.get((sample, p)) for p in (sample.expert, None, REFERENCE))
-            sample.old_logprobs = own.logprobs if own else None
+            sample.old_logprobs = own.logprobs if own and several else None
             sample.backbone_logprobs = backbone.logprobs if backbone else None
             sample.reference_logprobs = reference.logprobs if reference else None
+
+    def _choose(self, asked: Sequence[ScoreRequest], edges: Sequence[Edge],
+                codecs: Mapping[Kind, Codec]) -> tuple[str, Sums]:
+        """The step's transport, a function of the step's requests alone, and the bytes that decided."""
+        if not edges:
+            self._announced = None
+        if not edges or self.groups.layout.replicas == 1:
+            return "scatter", {}
+        count = StepBytes.count(asked, edges, self.groups, codecs, adapter_bytes(self.runner.backbone.bank))
+        taken = count.cheaper if self.transport == "auto" else self.transport
+        if self.groups.is_main and taken != self._announced:
+            log.info("exchange.transport=%s: %s; this step scatter moves %d bytes, gather_adapters %d",
+                     self.transport, taken, count.scatter, count.gather_adapters)
+        self._announced = taken
+        return taken, {"exchange/scatter_bytes": (float(count.scatter), 1.0),
+                       "exchange/gather_adapters_bytes": (float(count.gather_adapters), 1.0),
+                       "exchange/moved_bytes": (float(getattr(count, taken)), 1.0)}
+
+    def _score_students(self, crossing: Sequence[Sample]) -> dict[Key, _Scored]:
+        """The students themselves, before the exchange, where their own top-k ids are what is asked about."""
+        lanes = [Lane(s, s.expert) for s in crossing if s.edge.signal == "student_topk"]
+        return self._run(make_microbatches(lanes, self.runner.backbone.rules, self.microbatch_tokens), self._topk())
 
     def _own_lanes(self, samples: Sequence[Sample]) -> list[Lane]:
         lanes = []
@@ -91,20 +147,60 @@ class Scoring:
         completion = Completion(prompt, request.student, 0, [Segment(list(request.token_ids))])
         return Sample(completion, request.student)
 
-    def _pass(self, lanes: Sequence[Lane], kinds: set[str]) -> dict[tuple[Sample, str | None], _Scored]:
-        """Score all lanes; results on the last stage only."""
-        k = self._topk() if "topk" in kinds else 0
+    def _pass(self, own: Sequence[Lane], exchange: Exchange, ids: Sequence[Tensor | None],
+              codecs: Mapping[Kind, Codec], step: int,
+              timers: Timers) -> tuple[dict[Key, _Scored], list[Signal]]:
+        """Score own lanes and the requests; answers leave while later microbatches are scored.
 
+        Returns:
+            Scores of all lanes and the signals that came back; nothing on other stages than the last.
+        """
+        requests = exchange.to_score
+        guests = [Lane(self._guest(request, step), request.teacher) for request in requests]
+        # Guests first: all replicas then have something to send from their first microbatch on.
+        batches = make_microbatches([*guests, *own], self.runner.backbone.rules, self.microbatch_tokens)
+        number = {lane: index for index, lane in enumerate(guests)}
+        rounds = [held for batch in batches if (held := [number[lane] for lane in batch.lanes if lane in number])]
+        if not self.groups.is_last_stage:
+            return self._run(batches, 0), []
+        round_of = {index: round_ for round_, held in enumerate(rounds) for index in held}
+        with timers("exchange"):
+            answers = exchange.answers(codecs, [round_of[index] for index in range(len(requests))])
+
+        def answer(batch: Microbatch, scores: Mapping[Key, _Scored]) -> None:
+            held = [number[lane] for lane in batch.lanes if lane in number]
+            if held:
+                with timers("exchange"):
+                    answers.send({i: self._signal(scores[_key(guests[i])], requests[i], ids[i]) for i in held})
+
+        at_ids = {_key(guest): own_ids for guest, own_ids in zip(guests, ids) if own_ids is not None}
+        scored = self._run(batches, self._topk() if "topk" in codecs else 0, at_ids, "full" in codecs, answer)
+        with timers("exchange"):
+            return scored, answers.finish()
+
+    def _run(self, batches: Sequence[Microbatch], k: int, at_ids: Mapping[Key, Tensor] | None = None,
+             keep_hidden: bool = False,
+             then: Callable[[Microbatch, dict[Key, _Scored]], None] | None = None) -> dict[Key, _Scored]:
+        """Score microbatches; results on the last stage only.
+
+        Args:
+            k: top-k ids of every lane, 0 for none.
+            at_ids: lane -> [R, K] ids to score as well.
+            then: called after each microbatch with its scores.
+        """
         def at_end(hidden: Tensor, pack: Pack, batch: Microbatch):
-            scores = score(hidden, self.runner.backbone.head, pack.target_ids,
-                           temperature=self.rollout.temperature, topk=k)
-            columns = (scores.logprobs_T, scores.topk_ids_TK, scores.topk_logprobs_TK,
-                       hidden if "full" in kinds else None)
             lengths = list(pack.leaf_lengths)
+            wanted = _joined([(at_ids or {}).get(_key(lane)) for lane in batch.lanes], lengths)
+            scores = score(hidden, self.runner.backbone.head, pack.target_ids, topk=k, at_ids_TK=wanted,
+                           temperature=self.rollout.temperature)
+            columns = (scores.logprobs_T, scores.topk_ids_TK, scores.topk_logprobs_TK, scores.at_logprobs_TK,
+                       hidden if keep_hidden else None)
             parts = [[None] * len(lengths) if c is None else c.split(lengths) for c in columns]
-            return None, {_key(lane): _Scored(*row) for lane, row in zip(batch.lanes, zip(*parts))}
+            found = {_key(lane): _Scored(*row) for lane, row in zip(batch.lanes, zip(*parts))}
+            if then is not None:
+                then(batch, found)
+            return None, found
 
-        batches = make_microbatches(lanes, self.runner.backbone.rules, self.microbatch_tokens)
         return {key: value for part in self.runner.score(batches, at_end) for key, value in part.items()}
 
     def _topk(self) -> int:
@@ -116,14 +212,25 @@ class Scoring:
                      exact=backbone.dtype == torch.float64)
 
     @staticmethod
-    def _signal(scored: _Scored, request: ScoreRequest) -> Signal:
+    def _signal(scored: _Scored, request: ScoreRequest, ids: Tensor | None) -> Signal:
         """What the teacher says about one completion, before the codec rounds it."""
         if request.kind == "topk":
             return Signal("topk", scored.logprobs, scored.topk_ids, scored.topk_logprobs)
+        if request.kind == "student_topk":
+            return Signal("student_topk", scored.logprobs, ids, scored.at_logprobs)
         if request.kind == "full":
             return Signal("full", scored.logprobs, hidden_TH=scored.hidden)
         return Signal("sampled", scored.logprobs)
 
 
-def _key(lane: Lane) -> tuple[Sample, str | None]:
+def _joined(ids: Sequence[Tensor | None], lengths: Sequence[int]) -> Tensor | None:
+    """[N, K] ids of all lanes in a row; lanes that are asked at none repeat id 0, unused. None if none is asked."""
+    given = next((own for own in ids if own is not None), None)
+    if given is None:
+        return None
+    return torch.cat([given.new_zeros(length, given.shape[1]) if own is None else own
+                      for own, length in zip(ids, lengths)])
+
+
+def _key(lane: Lane) -> Key:
     return lane.sample, lane.policy

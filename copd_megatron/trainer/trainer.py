@@ -62,7 +62,7 @@ class Trainer:
         edges = self.schedule.edges(step)
         samples = self.collect(step, edges, numbers)
         with timers("score"):
-            self.scoring.score(samples, step, edges, timers)
+            numbers.add(self.scoring.score(samples, step, edges, timers))
         numbers.add(self.runner.work("score"))
         with timers("update"):
             numbers.add(self.learner.update(samples))

@@ -7,8 +7,11 @@ import torch
 from copd_megatron.config.exchange import ExchangeConfig
 from copd_megatron.config.losses import OpdConfig
 from copd_megatron.config.reference import resolve_object
+from copd_megatron.exchange.answers import ROUND_BYTES
 from copd_megatron.exchange.payload import Codec, Signal
-from copd_megatron.exchange.scatter import Exchange, ScoreRequest
+from copd_megatron.exchange.request import HEADER, ID_BYTES, ScoreRequest
+from copd_megatron.exchange.scatter import Exchange
+from copd_megatron.exchange.wire import LENGTH_BYTES
 from copd_megatron.exchange.topology import edges
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
@@ -102,18 +105,16 @@ def test_every_layout_returns_what_scoring_at_home_would(layout, topology, signa
 
 
 def traffic(layout):
-    """Bytes that leave this rank, at each collective of a hub step."""
-    from copd_megatron.exchange import scatter
-
-    sent, true_exchange = [], scatter.all_to_all_ragged
-
-    def counted(tensors, group):
-        sent.append(sum(t.numel() * t.element_size() for t in tensors))
-        return true_exchange(tensors, group)
-
-    scatter.all_to_all_ragged = counted
-    _, _, scored, answers = step(layout, "hub", "topk")
-    return sent, scored, answers
+    """Bytes that leave this rank in a hub step: after the requests, and in all."""
+    groups = Groups.create(layout, Placement.build(EXPERTS, layout.replicas))
+    here = groups.coords.replica
+    exchange = Exchange.open([r for (student, prompt), some in all_requests("hub", "topk").items()
+                              if prompt in groups.placement.share(student, here, PROMPTS) for r in some], groups)
+    if exchange.wire is None:
+        return None
+    requests = exchange.wire.sent_bytes
+    exchange.close([score(request) for request in exchange.to_score], CODECS)
+    return requests, exchange.wire.sent_bytes
 
 
 def test_co_hosted_experts_exchange_nothing_and_others_what_the_codec_says():
@@ -125,14 +126,14 @@ def test_co_hosted_experts_exchange_nothing_and_others_what_the_codec_says():
         return sum(len(r.token_ids) for r in requests if (r.teacher, r.student) == (teacher, student))
 
     width = CODECS["topk"].bytes_per_token()
-    home, away = run_ranks(2, traffic, Layout(replicas=2))
     count = PROMPTS * SAMPLES
     out, back = tokens("video", "text"), tokens("text", "video")
-    # Requests, then one collective per kind of signal, in alphabetical order: full, sampled, topk.
-    assert home[0] == [8 * (5 * count + out), 0, 0, width * back]
-    assert away[0] == [8 * (5 * count + back), 0, 0, width * out]
-    alone, = run_ranks(1, traffic, Layout())
-    assert alone[0] == []
+    results = run_ranks(2, traffic, Layout(replicas=2))
+    for (asking, total), asked, answered in zip(results, (out, back), (back, out)):
+        assert asking == LENGTH_BYTES + ID_BYTES * (HEADER * count + asked)
+        # Then the number of rounds, the round of each answer, and the answers.
+        assert total - asking == ROUND_BYTES * (1 + count) + width * answered
+    assert run_ranks(1, traffic, Layout()) == [None]
 
 
 def test_a_teacher_on_two_replicas_shares_its_work():

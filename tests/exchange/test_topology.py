@@ -90,7 +90,7 @@ def test_callable_of_a_package_outside(tmp_path, monkeypatch):
     ([["text", "image", "video"]], "is no edge"), ([7], "7 is no edge"),
     ([{"teacher": "text"}], "is no edge"),
     ([{"teacher": "text", "student": "image", "weight": 1}], "is no edge"),
-    ([{"teacher": "text", "student": "image", "signal": "logits"}], "a signal of sampled, topk, full"),
+    ([{"teacher": "text", "student": "image", "signal": "logits"}], "a signal of sampled, topk, student_topk, full"),
     ([{"teacher": "text", "student": "image", "beta": float("nan")}], "is no edge"),
     ([{"teacher": "text", "student": "image", "beta": "1"}], "is no edge"),
     ([["text", "audio"]], "student 'audio'; experts are text, image, video"),

@@ -1,0 +1,109 @@
+"""Bytes between replicas whose sizes both sides know: in the background, counted, and checked in debug mode.
+
+A checked message ends in a checksum of its 64-bit words w_i, so that a torn, shifted or flipped one is noticed:
+
+    sum_i (2 i + 1) w_i + MIX (bytes + 1)    modulo 2^64
+
+The factors are odd: damage to any one word always shows. The last term tells zeros that were sent from a buffer
+that nobody wrote.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import starmap
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from copd_megatron.platform import device
+
+CHECKSUM_BYTES = 8
+LENGTH_BYTES = 8
+"""What :meth:`Wire.trade_ragged` adds per peer."""
+MIX = 0x1E3779B97F4A7C15
+
+
+class CorruptPayload(RuntimeError):
+    """A message did not arrive as it was sent."""
+
+
+class Trade:
+    """One message from and to every peer, under way."""
+
+    def __init__(self, work: dist.Work, sent: Tensor, received: Tensor, sizes: Sequence[int], checked: bool):
+        self._work, self._sent, self._received, self._sizes, self._checked = work, sent, received, sizes, checked
+
+    def wait(self) -> list[Tensor]:
+        """What came from each peer, [bytes] uint8, by group rank.
+
+        Raises:
+            CorruptPayload: in debug mode, for a message with a wrong checksum.
+        """
+        self._work.wait()
+        del self._sent  # the collective read from it until now
+        messages = self._received.split(self._sizes)
+        return list(starmap(_verified, enumerate(messages))) if self._checked else list(messages)
+
+
+class Wire:
+    """Trades bytes over one group and counts those that leave this rank."""
+
+    def __init__(self, group: ProcessGroup, checked: bool = False):
+        """``checked``: a checksum with every message, on all ranks or on none (``parallel.debug_checks``)."""
+        self.group, self.checked = group, checked
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent_bytes = 0
+
+    def trade(self, out: Sequence[Tensor], sizes_in: Sequence[int]) -> Trade:
+        """Send ``out[i]`` ([bytes] uint8) to group rank i without waiting. All ranks of the group call it.
+
+        Args:
+            sizes_in: bytes that come from each peer, which this rank must know.
+        """
+        extra = CHECKSUM_BYTES if self.checked else 0
+        parts = [torch.cat([part, checksum(part)]) for part in out] if self.checked else list(out)
+        sizes = [size + extra for size in sizes_in]
+        sent = torch.cat(parts)
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=sent.device)
+        sizes_out = [len(part) for part in parts]
+        self.sent_bytes += len(sent) - sizes_out[self.rank]
+        work = dist.all_to_all_single(received, sent, sizes, sizes_out, group=self.group, async_op=True)
+        return Trade(work, sent, received, sizes, self.checked)
+
+    def trade_ragged(self, out: Sequence[Tensor]) -> list[Tensor]:
+        """As ``trade``, and wait, where the peers' sizes are unknown: they travel first."""
+        sizes = torch.tensor([len(part) for part in out], dtype=torch.int64, device=device())
+        sizes_in = torch.empty_like(sizes)
+        dist.all_to_all_single(sizes_in, sizes, group=self.group)
+        self.sent_bytes += LENGTH_BYTES * (self.size - 1)
+        return self.trade(out, sizes_in.tolist()).wait()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's memory as [bytes] uint8, without gradient."""
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def from_bytes(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of `as_bytes`, flat, in memory of its own (a slice of a message may lie unaligned)."""
+    return flat.clone().view(dtype)
+
+
+def checksum(message: Tensor) -> Tensor:
+    """[8] uint8 of a [bytes] uint8 message, see the file's head."""
+    words = torch.zeros(-(-len(message) // 8), dtype=torch.int64, device=message.device)
+    words.view(torch.uint8)[:len(message)] = message
+    factors = 2 * torch.arange(len(words), dtype=torch.int64, device=words.device) + 1
+    total = (words * factors).sum() + MIX * (len(message) + 1) % 2**63
+    return total.reshape(1).view(torch.uint8)
+
+
+def _verified(peer: int, message: Tensor) -> Tensor:
+    """The message without its checksum."""
+    content, theirs = message[:-CHECKSUM_BYTES], message[-CHECKSUM_BYTES:]
+    if not torch.equal(checksum(content), theirs):
+        raise CorruptPayload(f"the message of group rank {peer} ({len(content)} bytes) does not have the checksum it "
+                             "was sent with; look for a faulty link or a write to a buffer in flight")
+    return content
