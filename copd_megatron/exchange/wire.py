@@ -54,7 +54,13 @@ class Wire:
         """``checked``: a checksum with every message, on all ranks or on none (``parallel.debug_checks``)."""
         self.group, self.checked = group, checked
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.sent_bytes = 0
+        self.sent_to = [0] * self.size
+        """Bytes that left for each peer, control words included."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that left this rank."""
+        return sum(self.sent_to)
 
     def trade(self, out: Sequence[Tensor], sizes_in: Sequence[int]) -> Trade:
         """Send ``out[i]`` ([bytes] uint8) to group rank i without waiting. All ranks of the group call it.
@@ -68,7 +74,7 @@ class Wire:
         sent = torch.cat(parts)
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=sent.device)
         sizes_out = [len(part) for part in parts]
-        self.sent_bytes += len(sent) - sizes_out[self.rank]
+        self._count(sizes_out)
         work = dist.all_to_all_single(received, sent, sizes, sizes_out, group=self.group, async_op=True)
         return Trade(work, sent, received, sizes, self.checked)
 
@@ -77,8 +83,12 @@ class Wire:
         sizes = torch.tensor([len(part) for part in out], dtype=torch.int64, device=device())
         sizes_in = torch.empty_like(sizes)
         dist.all_to_all_single(sizes_in, sizes, group=self.group)
-        self.sent_bytes += LENGTH_BYTES * (self.size - 1)
+        self._count([LENGTH_BYTES] * self.size)
         return self.trade(out, sizes_in.tolist()).wait()
+
+    def _count(self, sizes: Sequence[int]) -> None:
+        for peer, size in enumerate(sizes):
+            self.sent_to[peer] += size if peer != self.rank else 0
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from copd_megatron.config.model import AdapterConfig
-from copd_megatron.exchange.gather import gathered_adapters
+from copd_megatron.exchange.gather import gathered_adapters, gathered_teachers, teacher_copies
+from copd_megatron.exchange.wire import CHECKSUM_BYTES, Wire
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
+from copd_megatron.types import Edge
 from support.policies import make_bank, noise
 from support.random_backbone import SPEC
 from support.ranks import run_ranks
@@ -92,3 +94,57 @@ def _raise_inside() -> set[str]:
 
 def test_an_error_inside_leaves_nothing_behind():
     assert run_ranks(2, _raise_inside) == [{"text", "image"}, {"video"}]
+
+
+# ---- the teachers of an OPD step -------------------------------------------
+
+HUB = [Edge("text", "image"), Edge("text", "video"), Edge("image", "text"), Edge("video", "text")]
+ONE = [Edge("video", "image")]
+
+
+def _check_teachers(layout: tuple[int, int, int], edges: list[Edge], first_layer: int, checked: bool):
+    groups, bank = _setup(layout, first_layer)
+    own, wire = dict(bank.named_parameters()), Wire(groups.exchange, checked)
+    with gathered_teachers(bank, groups, edges, wire):
+        held = set(bank.slots)
+        for expert in held:
+            parameters, expected = bank.parameters_of(expert), _expected(bank, expert)
+            assert parameters.keys() == expected.keys()
+            for name, parameter in parameters.items():
+                assert torch.equal(parameter, expected[name])
+                assert parameter.requires_grad == (expert in groups.hosted)
+            assert bank.scaling_of(expert) == 1.5
+    after = dict(bank.named_parameters())
+    assert after.keys() == own.keys() and all(parameter is own[name] for name, parameter in after.items())
+    wanted = {e.teacher for e in edges if e.student in groups.hosted}
+    assert held == wanted | set(groups.hosted)  # what a replica's students do not learn from does not come
+    return wire.sent_bytes, sum(p.numel() * 4 for p in bank.parameters_of(groups.hosted[0]).values())
+
+
+@pytest.mark.parametrize("layout,edges,first_layer,checked,copies", [
+    ((1, 1, 1), HUB, 0, False, 0), ((1, 1, 2), HUB, 0, True, 2), ((1, 1, 3), HUB, 0, False, 4),
+    ((1, 1, 4), HUB, 0, False, 5), ((2, 1, 2), ONE, 0, True, 2), ((1, 2, 2), HUB, 2, True, 2)])
+def test_each_replica_gets_the_teachers_of_its_students(layout, edges, first_layer, checked, copies):
+    """``copies``: of whole shards that travel, over all ranks that have any."""
+    results = run_ranks(layout[0] * layout[1] * layout[2], _check_teachers, layout, edges, first_layer, checked)
+    shard = max(size for _, size in results)
+    checksums = CHECKSUM_BYTES * (layout[2] - 1) * checked * len(results)
+    assert sum(sent for sent, _ in results) == copies * shard + checksums
+
+
+def test_copies_are_shared_among_the_replicas_of_a_teacher():
+    placement = Placement.build(EXPERTS, 5)  # text 0 1, image 2 3, video 4
+    assert teacher_copies(HUB, placement) == [("text", 0, 2), ("text", 1, 3), ("text", 0, 4), ("image", 2, 0),
+                                              ("image", 3, 1), ("video", 4, 0), ("video", 4, 1)]
+    assert teacher_copies([], placement) == teacher_copies(HUB, Placement.build(EXPERTS, 1)) == []
+
+
+def _raise_among_teachers() -> set[str]:
+    groups, bank = _setup((1, 1, 2))
+    with pytest.raises(ZeroDivisionError), gathered_teachers(bank, groups, HUB, Wire(groups.exchange)):
+        raise ZeroDivisionError
+    return set(bank.slots)
+
+
+def test_an_error_among_teachers_leaves_nothing_behind():
+    assert run_ranks(2, _raise_among_teachers) == [{"text", "image"}, {"video"}]

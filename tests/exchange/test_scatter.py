@@ -11,8 +11,8 @@ from copd_megatron.exchange.answers import ROUND_BYTES
 from copd_megatron.exchange.payload import Codec, Signal
 from copd_megatron.exchange.request import HEADER, ID_BYTES, ScoreRequest
 from copd_megatron.exchange.scatter import Exchange
-from copd_megatron.exchange.wire import LENGTH_BYTES
 from copd_megatron.exchange.topology import edges
+from copd_megatron.exchange.wire import LENGTH_BYTES
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement

@@ -64,8 +64,10 @@ class PlainCopd:
         if opd.signal == "sampled":
             return kept * self._surrogate(own, old, beta * delta) * self._correction(sample, old)
         student = every
-        if opd.signal == "topk":
-            ids = teacher.topk(opd.topk, 1).indices
+        if opd.signal in ("topk", "student_topk"):
+            with torch.no_grad():
+                asked = teacher if opd.signal == "topk" else self._logprobs(sample, self.start[sample.expert])
+            ids = asked.topk(opd.topk, 1).indices
             tails = [torch.log1p(-x.gather(1, ids).exp().sum(1, keepdim=True)) for x in (every, teacher)]
             student, teacher = (torch.cat([x.gather(1, ids), tail], 1) for x, tail in zip((every, teacher), tails))
         return kept * beta * divergence(student, teacher, opd.divergence, opd.jsd_weight)

@@ -30,6 +30,7 @@ def largest_gap(one: dict, other: dict) -> float:
 
 
 @pytest.mark.parametrize("opd", [{"signal": "sampled"}, {"signal": "topk", "topk": 4}, {"signal": "full"},
+                                 {"signal": "student_topk", "topk": 4},
                                  {"signal": "topk", "topk": 4, "divergence": "forward"},
                                  {"signal": "full", "divergence": "jsd"}], ids=str)
 def test_identical_experts_have_nothing_to_teach(opd, tmp_path):

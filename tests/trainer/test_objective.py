@@ -36,6 +36,7 @@ VARIANTS = {
                         "opd": {"signal": "topk", "topk": 5, "divergence": "jsd"}},
     "CISPO, top-k forward": {"rlvr": {**MANY, "loss": "cispo", "clip_low": 0.1, "clip_high": 0.1},
                              "opd": {"signal": "topk", "topk": 5, "divergence": "forward"}},
+    "student top-k": {"rlvr": MANY, "opd": {"signal": "student_topk", "topk": 5}},
     "two epochs, dual clip": {"rlvr": {**MANY, "epochs": 2, "dual_clip": 1.05, "clip_low": 0.1, "clip_high": 0.02}},
     "scope completion from layer 1, full reverse": {
         "adapter": {"scope": "completion", "first_layer": 1}, "opd": {"signal": "full"}},

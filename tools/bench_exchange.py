@@ -1,0 +1,402 @@
+"""Times the exchange of one OPD step between gloo ranks and counts its bytes, for 2 to 32 experts.
+
+Every row is one step: students on `ranks` replicas ask, teachers answer with a signal (`scatter`), or the teachers'
+adapters travel (`gather_adapters`). Beside it, with the same signals for the same students:
+
+    full_vocab_bytes_per_token   what the teacher's logits over the vocabulary would take, in the wire's dtype
+    gather_object_s              gather_object of Python lists to each student's rank (what RPC stacks do)
+    all_gather_s                 all_gather of dense tensors, padded to the longest completion, to everyone
+
+    python tools/bench_exchange.py --json exchange.json
+    python tools/bench_exchange.py --experts 4 8 --topologies full --per edge
+
+Timed is what transports differ in: from the teacher's scores on its rank to tensors on the student's, the requests
+included; scoring is not. Bytes are counted at the collective, checksums and control words included, over all ranks,
+and divided by the tokens that were scored on another rank than their student's. What arrives in a timed run is
+decoded and compared with a dense log-softmax and top-k over the whole vocabulary. Median of `--repeats`, ways
+interleaved, the slowest rank counts.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from exchange_world import World, columns_of, from_columns
+
+import copd_megatron.platform  # noqa: F401  (before any of Megatron)
+from copd_megatron.config.exchange import ExchangeConfig
+from copd_megatron.config.losses import OpdConfig
+from copd_megatron.config.model import AdapterConfig
+from copd_megatron.exchange.gather import gathered_teachers
+from copd_megatron.exchange.payload import WIRE, Codec, Signal
+from copd_megatron.exchange.request import KINDS, ScoreRequest
+from copd_megatron.exchange.scatter import Exchange
+from copd_megatron.exchange.topology import TOPOLOGIES, edges
+from copd_megatron.exchange.transport import adapter_bytes
+from copd_megatron.exchange.wire import Wire
+from copd_megatron.model.adapter_bank import AdapterBank
+from copd_megatron.model.spec import BackboneSpec, RopeSpec
+from copd_megatron.parallel.groups import Groups
+from copd_megatron.parallel.layout import Layout
+from copd_megatron.parallel.placement import Placement
+from copd_megatron.types import Edge
+
+LENGTHS = (16, 96)
+"""Shortest and longest completion."""
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
+"""Of log-probs and hidden states, absolute and relative."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row's settings."""
+
+    experts: int
+    topology: str
+    transport: str
+    signal: str
+
+
+class Step:
+    """One rank's part of one OPD step."""
+
+    def __init__(self, case: Case, groups: Groups, world: World, options: argparse.Namespace):
+        self.case, self.groups, self.world, self.options = case, groups, world, options
+        names = groups.placement.experts
+        self.edges = edges(ExchangeConfig(topology=case.topology), OpdConfig(signal=case.signal), names, 0, _no_names)
+        self.asked = [r for edge in self.edges if edge.student in groups.hosted for r in self._requests(edge)]
+        self.codecs = {case.signal: Codec(case.signal, options.wire_dtype, options.topk, options.hidden)}
+        self.exchange = self._open()
+        self.signals = [world.signal(request) for request in self.exchange.to_score]
+        self.tokens = sum(len(r.token_ids) for r, host in zip(self.asked, self.exchange.hosts)
+                          if host != groups.coords.replica)
+
+    def scatter(self) -> tuple[float, int]:
+        """Seconds and bytes of requests out and signals back."""
+        start = _together()
+        exchange = self._open()
+        returned = exchange.close(self.signals, self.codecs)
+        seconds = time.perf_counter() - start
+        self._check(returned, TOLERANCE[self.options.wire_dtype])
+        return seconds, exchange.wire.sent_bytes
+
+    def gather_adapters(self, bank: AdapterBank) -> tuple[float, int]:
+        """Seconds and bytes until this replica holds its students' teachers."""
+        wire, start = Wire(self.groups.exchange), _together()
+        with gathered_teachers(bank, self.groups, self.edges, wire):
+            seconds = time.perf_counter() - start
+            for expert in bank.slots:
+                for name, parameter in bank.parameters_of(expert).items():
+                    if not torch.equal(parameter, _factor(expert, tuple(parameter.shape))):
+                        raise ArithmeticError(f"{expert} {name}: other factors than the teacher's arrived")
+        return seconds, wire.sent_bytes
+
+    def gather_object(self) -> float:
+        """Seconds of Python lists to each student's rank."""
+        start, here = _together(), self.groups.coords.replica
+        unread, mine = iter(self.signals), {}
+        for peer, part in enumerate(self.exchange.received):
+            signals = [next(unread) for _ in part]
+            lists = [[c.tolist() for c in columns_of(s)] for s in signals] if peer != here else []
+            boxes = [None] * self.groups.layout.replicas if peer == here else None
+            dist.gather_object(lists, boxes, dst=peer)
+            if peer == here:
+                mine = {host: [[torch.tensor(c) for c in own] for own in box] for host, box in enumerate(boxes)}
+                mine[here] = [columns_of(s) for s in signals]
+        seconds = time.perf_counter() - start
+        self._check_columns(mine)
+        return seconds
+
+    def all_gather(self) -> float:
+        """Seconds of dense tensors to everyone."""
+        start, here, ranks = _together(), self.groups.coords.replica, self.groups.layout.replicas
+        counts = torch.tensor([len(part) for part in self.exchange.received])
+        table = [torch.empty_like(counts) for _ in range(ranks)]
+        dist.all_gather(table, counts)
+        shape = torch.tensor([len(self.signals), max((len(s.logprobs_T) for s in self.signals), default=0)])
+        dist.all_reduce(shape, dist.ReduceOp.MAX)
+        dense = [[] for _ in range(ranks)]
+        likes = columns_of(self.world.signal(ScoreRequest("e0", "e1", 0, (0,), self.case.signal)))
+        for number, like in enumerate(likes):
+            own = torch.zeros(*shape.tolist(), *like.shape[1:], dtype=like.dtype)
+            for row, signal in enumerate(self.signals):
+                own[row, :len(signal.logprobs_T)] = columns_of(signal)[number]
+            gathered = [torch.empty_like(own) for _ in range(ranks)]
+            dist.all_gather(gathered, own)
+            for host, part in enumerate(gathered):
+                first = int(table[host][:here].sum())
+                dense[host].append(part[first:first + int(table[host][here])])
+        mine = {}
+        for host, columns in enumerate(dense):
+            lengths = [len(r.token_ids) for r, other in zip(self.asked, self.exchange.hosts) if other == host]
+            mine[host] = [[c[row, :length] for c in columns] for row, length in enumerate(lengths)]
+        seconds = time.perf_counter() - start
+        self._check_columns(mine)
+        return seconds
+
+    def _open(self) -> Exchange:
+        exchange = Exchange.open(self.asked, self.groups)
+        if self.case.signal == "student_topk":
+            exchange, _ = exchange.tell_ids([self.world.student_ids(r) for r in self.asked], self.options.topk)
+        return exchange
+
+    def _requests(self, edge: Edge) -> Iterator[ScoreRequest]:
+        """Completions of an edge that this replica asks about, ragged, about its share of the tokens."""
+        incoming = sum(other.student == edge.student for other in self.edges)
+        # Hidden states are big; the lists made of them do not fit beside each other.
+        tokens = self.options.tokens // (8 if edge.signal == "full" else 1)
+        wanted = tokens if self.options.per == "edge" else max(1, tokens // incoming)
+        generator = torch.Generator().manual_seed(1000 * int(edge.teacher[1:]) + int(edge.student[1:]))
+        prompt = 0
+        while wanted > 0:
+            length = min(wanted, int(torch.randint(LENGTHS[0], LENGTHS[1] + 1, (1,), generator=generator)))
+            ids = torch.randint(2**17, (length,), generator=generator).tolist()
+            yield ScoreRequest(edge.teacher, edge.student, prompt, tuple(ids), edge.signal)
+            wanted, prompt = wanted - length, prompt + 1
+
+    def _check(self, signals: Sequence[Signal], tolerance: float) -> None:
+        for request, signal in zip(self.asked, signals, strict=True):
+            self.world.check(request, signal, tolerance)
+
+    def _check_columns(self, mine: dict[int, list[list[Tensor]]]) -> None:
+        """The same of what a baseline brought, by host."""
+        unread = {host: iter(part) for host, part in mine.items()}
+        self._check([from_columns(request, next(unread[host]), self.world)
+                     for request, host in zip(self.asked, self.exchange.hosts)], TOLERANCE["float32"])
+
+
+def _together() -> float:
+    """All ranks start the clock at once."""
+    dist.barrier()
+    return time.perf_counter()
+
+
+def _no_names(reference: str, field: str) -> None:
+    raise ValueError(f"{field}: {reference}; only built-in topologies are measured")
+
+
+def _factor(expert: str, shape: tuple[int, int]) -> Tensor:
+    """Contents of an adapter factor, a function of the expert and the shape."""
+    return (torch.arange(shape[0] * shape[1], dtype=torch.float32) * 1e-3 + int(expert[1:])).view(shape)
+
+
+def make_bank(groups: Groups, options: argparse.Namespace) -> AdapterBank:
+    """The hosted experts' adapters, of a 4B model's width."""
+    spec = BackboneSpec(family="qwen3", num_layers=options.adapter_layers, hidden_size=2560, ffn_hidden_size=9728,
+                        num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=151936, norm_eps=1e-6,
+                        rope=RopeSpec(1e6), qk_norm=True, qkv_bias=False, o_bias=False, mlp_bias=False,
+                        tied_head=True, deepstack_layers=0)
+    bank = AdapterBank(spec, AdapterConfig(rank=options.rank, alpha=float(options.rank)), groups,
+                       range(options.adapter_layers), torch.float32, torch.device("cpu"))
+    for expert in groups.hosted:
+        bank.put(expert, {name: _factor(expert, bank.local_shape(name, options.rank))
+                          for name in bank.factor_names()}, 1.0)
+    return bank
+
+
+def measure(case: Case, groups: Groups, world: World, bank: AdapterBank, options: argparse.Namespace) -> dict:
+    """One row, the same on every rank."""
+    step = Step(case, groups, world, options)
+    ours: Callable[[], tuple[float, int]] = (
+        step.scatter if case.transport == "scatter" else lambda: step.gather_adapters(bank))
+    times: dict[str, list[float]] = {"seconds": [], "gather_object_s": [], "all_gather_s": []}
+    sent = 0
+    for repeat in range(options.repeats + 1):
+        seconds, sent = ours()
+        took = {"seconds": seconds, "gather_object_s": step.gather_object(), "all_gather_s": step.all_gather()}
+        for name, value in took.items():
+            if repeat:  # the first run warms connections and allocators up
+                times[name].append(_over_ranks(value, dist.ReduceOp.MAX))
+    step_bytes = int(_over_ranks(sent, dist.ReduceOp.SUM))
+    tokens = int(_over_ranks(step.tokens, dist.ReduceOp.SUM))
+    row = {"experts": case.experts, "topology": case.topology, "transport": case.transport, "signal": case.signal,
+           "ranks": groups.layout.replicas, "edges": len(step.edges), "crossing_tokens": tokens,
+           "bytes_per_token": step_bytes / tokens, "step_bytes": step_bytes,
+           "full_vocab_bytes_per_token": options.vocabulary * WIRE[options.wire_dtype].itemsize,
+           "adapter_bytes": adapter_bytes(bank)}
+    return row | {name: statistics.median(values) for name, values in times.items()}
+
+
+def _over_ranks(value: float, op: dist.ReduceOp) -> float:
+    box = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(box, op)
+    return float(box)
+
+
+def cases(experts: int, options: argparse.Namespace) -> Iterator[Case]:
+    """Top-k by both transports on every topology; the other signals on the first."""
+    for topology in options.topologies:
+        for transport in ("scatter", "gather_adapters"):
+            yield Case(experts, topology, transport, "topk")
+    for signal in options.signals:
+        if signal != "topk":
+            yield Case(experts, options.topologies[0], "scatter", signal)
+
+
+def run_rank(rank: int, experts: int, folder: Path, sender: Connection, world: World,
+             options: argparse.Namespace) -> None:
+    """Body of one forked rank; leaves by ``os._exit``, as no exit handler of the parent may run here."""
+    rows: list[dict] = []
+    try:
+        torch.set_num_threads(1)
+        ranks = min(experts, options.ranks)
+        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank,
+                                world_size=ranks)
+        groups = Groups.create(Layout(replicas=ranks), Placement.build([f"e{n}" for n in range(experts)], ranks))
+        bank = make_bank(groups, options)
+        for case in cases(experts, options):
+            rows.append(measure(case, groups, world, bank, options))
+            if rank == 0:
+                show(rows[-1])
+        dist.barrier()
+        message: tuple[str, list[dict]] = "", rows
+    except BaseException:
+        message = traceback.format_exc(), []
+    sender.send(message)
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def run_ranks(experts: int, world: World, options: argparse.Namespace) -> list[dict]:
+    """Rows of one number of experts. Raises ArithmeticError with the traceback of a rank that failed."""
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="exchange") as folder:
+        started = []
+        for rank in range(min(experts, options.ranks)):
+            receiver, sender = context.Pipe(duplex=False)
+            child = context.Process(target=run_rank, args=(rank, experts, Path(folder), sender, world, options))
+            child.start()
+            sender.close()
+            started.append((receiver, child))
+        rows: list[dict] = []
+        try:
+            while waiting := [receiver for receiver, _ in started if not receiver.closed]:
+                for receiver in multiprocessing.connection.wait(waiting):
+                    failure, found = receiver.recv()
+                    receiver.close()
+                    if failure:
+                        raise ArithmeticError(failure)
+                    rows = rows or found
+        finally:
+            for _, child in started:
+                if sys.exc_info()[0]:
+                    child.kill()
+                child.join()
+    return rows
+
+
+HEADINGS = (f"{'experts':>7}{'topology':>10} {'transport':<16}{'signal':<14}{'bytes/token':>11}{'full vocab /':>13}"
+            f"{'step MB':>9}{'seconds':>9}{'object /':>9}{'gather /':>9}")
+
+
+def show(row: dict) -> None:
+    """One row; the ratios say how many times more the alternatives take."""
+    print(f"{row['experts']:>7}{row['topology']:>10} {row['transport']:<16}{row['signal']:<14}"
+          f"{row['bytes_per_token']:>11.1f}{row['full_vocab_bytes_per_token'] / row['bytes_per_token']:>13.0f}"
+          f"{row['step_bytes'] / 1e6:>9.2f}{row['seconds']:>9.4f}{row['gather_object_s'] / row['seconds']:>9.1f}"
+          f"{row['all_gather_s'] / row['seconds']:>9.1f}", flush=True)
+
+
+def growth(rows: Sequence[dict]) -> Iterator[tuple[str, str, float]]:
+    """(topology, transport, p) of step_bytes ~ experts^p, least squares on logarithms, signal topk.
+
+    Only rows with the same number of ranks: experts that share one exchange nothing.
+    """
+    most = max((row["ranks"] for row in rows), default=0)
+    kept = [r for r in rows if r["signal"] == "topk" and r["ranks"] == most and r["step_bytes"]]
+    for topology, transport in dict.fromkeys((r["topology"], r["transport"]) for r in kept):
+        points = [(math.log(r["experts"]), math.log(r["step_bytes"])) for r in kept
+                  if (r["topology"], r["transport"]) == (topology, transport)]
+        if len(points) > 1:
+            yield topology, transport, statistics.linear_regression(*zip(*points)).slope
+
+
+def machine() -> dict:
+    """Where this runs, and how busy it is."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in (info.read_text().splitlines() if info.exists() else [])
+             if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "memory_bytes": memory,
+            "load": os.getloadavg()[0], "backend": "gloo", "torch": torch.__version__,
+            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line; defaults are sized for two CPU cores and 20 GB."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="N")
+    parser.add_argument("--topologies", nargs="+", default=["hub", "full", "ring"], metavar="NAME",
+                        choices=[name for name in TOPOLOGIES if name != "none"])
+    parser.add_argument("--signals", nargs="+", default=list(KINDS), choices=KINDS, metavar="NAME")
+    parser.add_argument("--per", choices=("student", "edge"), default="student",
+                        help="what --tokens are fixed for: cross tokens of a student, or of an edge (%(default)s)")
+    parser.add_argument("--wire-dtype", choices=tuple(WIRE), default="bfloat16")
+    for name, default, text in (
+            ("ranks", 4, "replicas; more experts than that live together"),
+            ("tokens", 1024, "cross tokens, see --per; an eighth of them for signal full"),
+            ("vocabulary", 151936, "ids of the vocabulary"), ("topk", 64, "ids per token"),
+            ("hidden", 2560, "hidden size, of signal full"), ("rank", 32, "rank of the adapters"),
+            ("adapter-layers", 1, "layers with adapters, as wide as a 4B model's"), ("repeats", 3, "timed runs")):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    options = parser.parse_args(arguments)
+    for name in ("ranks", "tokens", "vocabulary", "topk", "hidden", "rank", "adapter_layers", "repeats"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}; at least 1")
+    if options.topk > options.vocabulary:
+        parser.error(f"--topk: {options.topk}; at most the vocabulary's {options.vocabulary}")
+    if min(options.experts) < 2 or options.ranks < 2:
+        parser.error("--experts, --ranks: at least 2, or nothing is exchanged")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write. 0; 1 when what arrived is not what was sent."""
+    options, where, rows = parse(arguments), machine(), []
+    print(f"{where['cpu']}, {where['cores']} cores, load {where['load']:.1f}, gloo, torch {where['torch']}; "
+          f"{options.tokens} tokens per {options.per}, top-{options.topk} of {options.vocabulary}, wire "
+          f"{options.wire_dtype}\n{HEADINGS}", flush=True)
+    torch.set_num_threads(1)  # children are forked: the parent must own no other threads
+    world = World.draw(options.vocabulary, options.topk, options.hidden)
+    try:
+        for experts in options.experts:
+            rows += run_ranks(experts, world, options)
+    except ArithmeticError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    exponents = list(growth(rows))
+    for topology, transport, power in exponents:
+        print(f"{topology}, {transport}: bytes grow as experts^{power:.2f}")
+    if options.json:
+        given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"rows": rows, "machine": where, "arguments": given, "exponents": [
+            {"topology": t, "transport": w, "exponent": p} for t, w, p in exponents]}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
