@@ -43,12 +43,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from exchange_world import World, columns_of, from_columns
+from exchange_world import World, columns_of, factor_of, from_columns, make_bank
 
 import copd_megatron.platform  # noqa: F401  (before any of Megatron)
 from copd_megatron.config.exchange import ExchangeConfig
 from copd_megatron.config.losses import OpdConfig
-from copd_megatron.config.model import AdapterConfig
 from copd_megatron.exchange.gather import gathered_teachers
 from copd_megatron.exchange.payload import WIRE, Codec, Signal
 from copd_megatron.exchange.request import KINDS, ScoreRequest
@@ -57,7 +56,6 @@ from copd_megatron.exchange.topology import TOPOLOGIES, edges
 from copd_megatron.exchange.transport import adapter_bytes
 from copd_megatron.exchange.wire import Wire
 from copd_megatron.model.adapter_bank import AdapterBank
-from copd_megatron.model.spec import BackboneSpec, RopeSpec
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
@@ -65,18 +63,19 @@ from copd_megatron.types import Edge
 
 LENGTHS = (16, 96)
 """Shortest and longest completion."""
-TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
-"""Of log-probs and hidden states, absolute and relative."""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-7}
+"""Absolute and relative, of log-probs and hidden states; float32 sums over 152k ids differ by 3e-5."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row's settings."""
+    """One step's settings."""
 
     experts: int
     topology: str
-    transport: str
     signal: str
+    adapters: bool
+    """Also by transport `gather_adapters`."""
 
 
 class Step:
@@ -109,7 +108,7 @@ class Step:
             seconds = time.perf_counter() - start
             for expert in bank.slots:
                 for name, parameter in bank.parameters_of(expert).items():
-                    if not torch.equal(parameter, _factor(expert, tuple(parameter.shape))):
+                    if not torch.equal(parameter, factor_of(expert, tuple(parameter.shape))):
                         raise ArithmeticError(f"{expert} {name}: other factors than the teacher's arrived")
         return seconds, wire.sent_bytes
 
@@ -197,46 +196,35 @@ def _no_names(reference: str, field: str) -> None:
     raise ValueError(f"{field}: {reference}; only built-in topologies are measured")
 
 
-def _factor(expert: str, shape: tuple[int, int]) -> Tensor:
-    """Contents of an adapter factor, a function of the expert and the shape."""
-    return (torch.arange(shape[0] * shape[1], dtype=torch.float32) * 1e-3 + int(expert[1:])).view(shape)
-
-
-def make_bank(groups: Groups, options: argparse.Namespace) -> AdapterBank:
-    """The hosted experts' adapters, of a 4B model's width."""
-    spec = BackboneSpec(family="qwen3", num_layers=options.adapter_layers, hidden_size=2560, ffn_hidden_size=9728,
-                        num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=151936, norm_eps=1e-6,
-                        rope=RopeSpec(1e6), qk_norm=True, qkv_bias=False, o_bias=False, mlp_bias=False,
-                        tied_head=True, deepstack_layers=0)
-    bank = AdapterBank(spec, AdapterConfig(rank=options.rank, alpha=float(options.rank)), groups,
-                       range(options.adapter_layers), torch.float32, torch.device("cpu"))
-    for expert in groups.hosted:
-        bank.put(expert, {name: _factor(expert, bank.local_shape(name, options.rank))
-                          for name in bank.factor_names()}, 1.0)
-    return bank
-
-
-def measure(case: Case, groups: Groups, world: World, bank: AdapterBank, options: argparse.Namespace) -> dict:
-    """One row, the same on every rank."""
+def measure(case: Case, groups: Groups, world: World, bank: AdapterBank, options: argparse.Namespace) -> list[dict]:
+    """A row for each transport, the same on every rank; the baselines' times stand in both."""
     step = Step(case, groups, world, options)
-    ours: Callable[[], tuple[float, int]] = (
-        step.scatter if case.transport == "scatter" else lambda: step.gather_adapters(bank))
-    times: dict[str, list[float]] = {"seconds": [], "gather_object_s": [], "all_gather_s": []}
-    sent = 0
+    ways: dict[str, Callable[[], float]] = {"gather_object_s": step.gather_object, "all_gather_s": step.all_gather}
+    ours: dict[str, Callable[[], tuple[float, int]]] = {"scatter": step.scatter}
+    if case.adapters:
+        ours["gather_adapters"] = lambda: step.gather_adapters(bank)
+    times: dict[str, list[float]] = {name: [] for name in (*ways, *ours)}
+    sent: dict[str, int] = {}
     for repeat in range(options.repeats + 1):
-        seconds, sent = ours()
-        took = {"seconds": seconds, "gather_object_s": step.gather_object(), "all_gather_s": step.all_gather()}
+        took = {name: way() for name, way in ways.items()}
+        for name, way in ours.items():
+            took[name], sent[name] = way()
         for name, value in took.items():
             if repeat:  # the first run warms connections and allocators up
                 times[name].append(_over_ranks(value, dist.ReduceOp.MAX))
-    step_bytes = int(_over_ranks(sent, dist.ReduceOp.SUM))
     tokens = int(_over_ranks(step.tokens, dist.ReduceOp.SUM))
-    row = {"experts": case.experts, "topology": case.topology, "transport": case.transport, "signal": case.signal,
-           "ranks": groups.layout.replicas, "edges": len(step.edges), "crossing_tokens": tokens,
-           "bytes_per_token": step_bytes / tokens, "step_bytes": step_bytes,
-           "full_vocab_bytes_per_token": options.vocabulary * WIRE[options.wire_dtype].itemsize,
-           "adapter_bytes": adapter_bytes(bank)}
-    return row | {name: statistics.median(values) for name, values in times.items()}
+    baselines = {name: statistics.median(times[name]) for name in ways}
+    rows = []
+    for name in ours:
+        step_bytes = int(_over_ranks(sent[name], dist.ReduceOp.SUM))
+        rows.append({
+            "experts": case.experts, "topology": case.topology, "transport": name, "signal": case.signal,
+            "ranks": groups.layout.replicas, "edges": len(step.edges), "crossing_tokens": tokens,
+            "bytes_per_token": step_bytes / tokens, "step_bytes": step_bytes,
+            "seconds": statistics.median(times[name]), **baselines,
+            "full_vocab_bytes_per_token": options.vocabulary * WIRE[options.wire_dtype].itemsize,
+            "adapter_bytes": adapter_bytes(bank)})
+    return rows
 
 
 def _over_ranks(value: float, op: dist.ReduceOp) -> float:
@@ -248,11 +236,10 @@ def _over_ranks(value: float, op: dist.ReduceOp) -> float:
 def cases(experts: int, options: argparse.Namespace) -> Iterator[Case]:
     """Top-k by both transports on every topology; the other signals on the first."""
     for topology in options.topologies:
-        for transport in ("scatter", "gather_adapters"):
-            yield Case(experts, topology, transport, "topk")
+        yield Case(experts, topology, "topk", adapters=True)
     for signal in options.signals:
         if signal != "topk":
-            yield Case(experts, options.topologies[0], "scatter", signal)
+            yield Case(experts, options.topologies[0], signal, adapters=False)
 
 
 def run_rank(rank: int, experts: int, folder: Path, sender: Connection, world: World,
@@ -265,11 +252,11 @@ def run_rank(rank: int, experts: int, folder: Path, sender: Connection, world: W
         dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank,
                                 world_size=ranks)
         groups = Groups.create(Layout(replicas=ranks), Placement.build([f"e{n}" for n in range(experts)], ranks))
-        bank = make_bank(groups, options)
+        bank = make_bank(groups, options.adapter_layers, options.rank)
         for case in cases(experts, options):
-            rows.append(measure(case, groups, world, bank, options))
+            rows += measure(case, groups, world, bank, options)
             if rank == 0:
-                show(rows[-1])
+                show(rows[-2:] if case.adapters else rows[-1:])
         dist.barrier()
         message: tuple[str, list[dict]] = "", rows
     except BaseException:
@@ -311,12 +298,13 @@ HEADINGS = (f"{'experts':>7}{'topology':>10} {'transport':<16}{'signal':<14}{'by
             f"{'step MB':>9}{'seconds':>9}{'object /':>9}{'gather /':>9}")
 
 
-def show(row: dict) -> None:
-    """One row; the ratios say how many times more the alternatives take."""
-    print(f"{row['experts']:>7}{row['topology']:>10} {row['transport']:<16}{row['signal']:<14}"
-          f"{row['bytes_per_token']:>11.1f}{row['full_vocab_bytes_per_token'] / row['bytes_per_token']:>13.0f}"
-          f"{row['step_bytes'] / 1e6:>9.2f}{row['seconds']:>9.4f}{row['gather_object_s'] / row['seconds']:>9.1f}"
-          f"{row['all_gather_s'] / row['seconds']:>9.1f}", flush=True)
+def show(rows: Sequence[dict]) -> None:
+    """Lines of the table; the ratios say how many times more the alternatives take."""
+    for row in rows:
+        print(f"{row['experts']:>7}{row['topology']:>10} {row['transport']:<16}{row['signal']:<14}"
+              f"{row['bytes_per_token']:>11.1f}{row['full_vocab_bytes_per_token'] / row['bytes_per_token']:>13.0f}"
+              f"{row['step_bytes'] / 1e6:>9.2f}{row['seconds']:>9.4f}{row['gather_object_s'] / row['seconds']:>9.1f}"
+              f"{row['all_gather_s'] / row['seconds']:>9.1f}", flush=True)
 
 
 def growth(rows: Sequence[dict]) -> Iterator[tuple[str, str, float]]:
@@ -356,7 +344,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wire-dtype", choices=tuple(WIRE), default="bfloat16")
     for name, default, text in (
             ("ranks", 4, "replicas; more experts than that live together"),
-            ("tokens", 1024, "cross tokens, see --per; an eighth of them for signal full"),
+            ("tokens", 4096, "cross tokens, see --per; an eighth of them for signal full"),
             ("vocabulary", 151936, "ids of the vocabulary"), ("topk", 64, "ids per token"),
             ("hidden", 2560, "hidden size, of signal full"), ("rank", 32, "rank of the adapters"),
             ("adapter-layers", 1, "layers with adapters, as wide as a 4B model's"), ("repeats", 3, "timed runs")):

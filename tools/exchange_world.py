@@ -1,5 +1,5 @@
 """What the experts of the exchange benchmark say: a random head's distributions, made by the trainer's own scoring
-and, to compare with, densely by log-softmax and top-k.
+and, to compare with, densely by log-softmax and top-k; and adapters whose contents are known.
 
 Used by `bench_exchange.py`; put `kernels/` and the repository's root on the path first.
 """
@@ -11,10 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from copd_megatron.config.model import AdapterConfig
 from copd_megatron.exchange.payload import Signal
 from copd_megatron.exchange.request import ScoreRequest
 from copd_megatron.losses.topk_kl import log_tail
+from copd_megatron.model.adapter_bank import AdapterBank
+from copd_megatron.model.spec import BackboneSpec, RopeSpec
 from copd_megatron.model.vocab_parallel import Head, score
+from copd_megatron.parallel.groups import Groups
 
 STATES = 256
 """Different hidden states; every token of a completion is at one of them, which one depends on the teacher."""
@@ -99,3 +103,22 @@ def from_columns(request: ScoreRequest, columns: Sequence[Tensor], world: World)
     if request.kind == "student_topk":
         return Signal("student_topk", columns[0], world.student_ids(request), columns[1])
     return Signal(request.kind, columns[0], hidden_TH=columns[1] if request.kind == "full" else None)
+
+
+def factor_of(expert: str, shape: tuple[int, int]) -> Tensor:
+    """Contents of an adapter factor, a function of the expert and the shape."""
+    return (torch.arange(shape[0] * shape[1], dtype=torch.float32) * 1e-3 + int(expert[1:])).view(shape)
+
+
+def make_bank(groups: Groups, layers: int, rank: int) -> AdapterBank:
+    """The hosted experts' adapters, of a 4B model's width."""
+    spec = BackboneSpec(family="qwen3", num_layers=layers, hidden_size=2560, ffn_hidden_size=9728,
+                        num_heads=32, num_kv_heads=8, head_dim=128, vocab_size=151936, norm_eps=1e-6,
+                        rope=RopeSpec(1e6), qk_norm=True, qkv_bias=False, o_bias=False, mlp_bias=False,
+                        tied_head=True, deepstack_layers=0)
+    bank = AdapterBank(spec, AdapterConfig(rank=rank, alpha=float(rank)), groups,
+                       range(layers), torch.float32, torch.device("cpu"))
+    for expert in groups.hosted:
+        bank.put(expert, {name: factor_of(expert, bank.local_shape(name, rank))
+                          for name in bank.factor_names()}, 1.0)
+    return bank

@@ -123,7 +123,7 @@ def _check_teachers(layout: tuple[int, int, int], edges: list[Edge], first_layer
 
 @pytest.mark.parametrize("layout,edges,first_layer,checked,copies", [
     ((1, 1, 1), HUB, 0, False, 0), ((1, 1, 2), HUB, 0, True, 2), ((1, 1, 3), HUB, 0, False, 4),
-    ((1, 1, 4), HUB, 0, False, 5), ((2, 1, 2), ONE, 0, True, 2), ((1, 2, 2), HUB, 2, True, 2)])
+    ((1, 1, 4), HUB, 0, False, 6), ((2, 1, 2), ONE, 0, True, 2), ((1, 2, 2), HUB, 2, True, 2)])
 def test_each_replica_gets_the_teachers_of_its_students(layout, edges, first_layer, checked, copies):
     """``copies``: of whole shards that travel, over all ranks that have any."""
     results = run_ranks(layout[0] * layout[1] * layout[2], _check_teachers, layout, edges, first_layer, checked)
