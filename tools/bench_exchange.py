@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -274,7 +275,9 @@ def run_ranks(experts: int, world: World, options: argparse.Namespace) -> list[d
         for rank in range(min(experts, options.ranks)):
             receiver, sender = context.Pipe(duplex=False)
             child = context.Process(target=run_rank, args=(rank, experts, Path(folder), sender, world, options))
-            child.start()
+            with warnings.catch_warnings():  # "multi-threaded, use of fork() may lead to deadlocks"
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child.start()
             sender.close()
             started.append((receiver, child))
         rows: list[dict] = []
