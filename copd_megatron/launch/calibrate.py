@@ -28,8 +28,13 @@ SECONDS = 2.0
 """Spent on each measurement."""
 
 
-def measure(seconds: float = SECONDS) -> Hardware:
-    """Measure on all ranks together; every rank gets the same answer. Takes about 12 x ``seconds``."""
+def measure(seconds: float | None = None) -> Hardware:
+    """Measure on all ranks together; every rank gets the same answer.
+
+    Args:
+        seconds: spent on each of about a dozen measurements; None for `SECONDS`.
+    """
+    seconds = SECONDS if seconds is None else seconds
     init_distributed(ParallelConfig())
     world = dist.group.WORLD
     where, like = device(), _most_alike()

@@ -34,7 +34,7 @@ from copd_megatron.trainer.batching import Lane, Sample, make_microbatches
 from copd_megatron.trainer.optimizer import ExpertOptimizer
 from copd_megatron.types import Completion, Segment
 from support.live_bytes import PeakBytes, allocated_bytes, saved_by_autograd, storage_bytes
-from support.random_backbone import SPEC, make_backbone, make_prompt, one_rank_groups
+from support.random_backbone import SPEC, make_prompt, one_rank_groups
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
 from support.toy_run import toy_config, toy_trainer
@@ -101,16 +101,14 @@ def test_shards_adapters_optimizer_and_groups_are_the_trainers(layout):
     ("sequence", "float32", 0, None), ("sequence", "bfloat16", 2, None), ("completion", "float32", 1, None),
     ("sequence", "float32", 1, ("o_proj", "down_proj"))])
 def test_saved_bytes_are_what_autograd_keeps(scope, dtype, first_layer, targets):
+    adapter = {"scope": scope, "first_layer": first_layer, **({"targets": targets} if targets else {})}
+    job = make_job(model={"dtype": dtype}, adapter=adapter)
     groups = one_rank_groups()
     try:
-        backbone = make_backbone(groups, scope=scope, dtype=dtype, first_layer=first_layer, spec=WIDE)
-        job = make_job(model={"dtype": dtype}, adapter={"scope": scope, "first_layer": first_layer})
-        if targets:
-            for parameter_name in list(backbone.bank.slots["a"].parameters):
-                if parameter_name.split(".")[-2] not in targets:
-                    del backbone.bank.slots["a"].parameters[parameter_name]
-            backbone.bank.put("a", backbone.bank.slots["a"].parameters, 2.0)
-            job = replace(job, adapter=job.adapter.model_copy(update={"targets": targets}))
+        backbone = Backbone(WIDE, groups, job.model, job.adapter)
+        backbone.bank.add_expert("a", 0)
+        for parameter in backbone.parameters():
+            parameter.data.normal_(0, 0.05)
         generator = torch.Generator().manual_seed(0)
         leaves = [[Leaf("a", torch.randint(7, 300, (12,), generator=generator).tolist()) for _ in range(4)]
                   for _ in range(4)]
