@@ -113,14 +113,18 @@ def _row(job: Job, topology: str, rule: str, label: str, replicas: int) -> Row:
 
 def exponents(rows: Sequence[Row]) -> Iterator[dict]:
     """The slope of log(cost) over log(N) for every topology, rule, placement and cost."""
-    for key in dict.fromkeys((r.topology, r.rule, "fixed" if r.replicas != "experts" else r.replicas) for r in rows):
-        own = [r for r in rows if (r.topology, r.rule) == key[:2] and (r.replicas == "experts") == (key[2] == "experts")]
+    def key_of(row: Row) -> tuple[str, str, str]:
+        return row.topology, row.rule, row.replicas if row.replicas == "experts" else "fixed"
+
+    for key in dict.fromkeys(map(key_of, rows)):
+        own = [row for row in rows if key_of(row) == key]
         own = own[-max(2, (len(own) + 1) // 2):]
+        counts = np.log2([row.experts for row in own])
         slopes = {}
         for cost in COSTS:
             values = np.array([getattr(row, cost) for row in own])
             known = len(own) > 1 and bool((values > 0).all())
-            slopes[cost] = float(np.polyfit(np.log2([r.experts for r in own]), np.log2(values), 1)[0]) if known else None
+            slopes[cost] = float(np.polyfit(counts, np.log2(values), 1)[0]) if known else None
         yield {"topology": key[0], "rule": key[1], "replicas": key[2], **slopes}
 
 

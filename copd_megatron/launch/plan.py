@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import copd_megatron.platform  # noqa: F401  (before any of Megatron, whose notices it silences)
 from copd_megatron.config.reference import resolve_object
 from copd_megatron.config.run import RunConfig
 from copd_megatron.exchange.topology import edges

@@ -77,6 +77,13 @@ def step_flops(job: Job, placement: Placement, replica: int, opd: bool = True) -
 
 def _pass(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
     """One group of a domain under one policy."""
+    key = ("pass", domain, adapted, backward)
+    if key not in job.memo:
+        job.memo[key] = _computed_pass(job, domain, adapted, backward)
+    return job.memo[key]
+
+
+def _computed_pass(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
     lengths = job.prompts[domain]
     shape = UpdateShape(lengths.tokens, job.completion_tokens, job.rollout.group_size, 1, lengths.header_tokens)
     streams = pass_streams(shape, job.adapter, 1, job.model.prefix_sharing)

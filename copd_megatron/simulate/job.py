@@ -9,9 +9,10 @@ distinct and of ``completion_tokens`` tokens: for memory that is the worst that 
 """
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from copd_megatron.config.losses import OpdConfig, RlvrConfig
 from copd_megatron.config.model import AdapterConfig, ModelConfig
@@ -89,6 +90,11 @@ class Job:
     """Of the whole run; how many prompts it will have seen."""
 
     @cached_property
+    def memo(self) -> dict[Hashable, Any]:
+        """Answers about this job that are asked for again and again, by question."""
+        return {}
+
+    @cached_property
     def rules(self) -> PackRules:
         """Of packs, as the backbone makes them."""
         return PackRules(self.adapter.scope, self.adapter.first_layer, self.model.prefix_sharing)
@@ -138,6 +144,12 @@ class Job:
 
     def microbatches(self, groups: Sequence[Group]) -> list[Rows]:
         """Microbatches of an update over these groups, filled as ``trainer.batching`` fills them."""
+        key = ("microbatches", *groups)
+        if key not in self.memo:
+            self.memo[key] = self._microbatches(groups)
+        return self.memo[key]
+
+    def _microbatches(self, groups: Sequence[Group]) -> list[Rows]:
         batches: list[Rows] = []
         for group in groups:
             parts = [self.rows(group.domain, lanes) for lanes in self._parts(group.domain, self.rollout.group_size)]

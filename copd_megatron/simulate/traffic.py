@@ -47,8 +47,15 @@ def payload_bytes(job: Job, kind: str) -> int:
                  exact=job.model.dtype == "float64").bytes_per_token()
 
 
-def transfers(job: Job, placement: Placement) -> Iterator[tuple[Edge, int, int, int]]:
+def transfers(job: Job, placement: Placement) -> list[tuple[Edge, int, int, int]]:
     """(edge, student's replica, replica that scores, prompts) of one OPD step, co-hosted ones included."""
+    key = ("transfers", placement)
+    if key not in job.memo:
+        job.memo[key] = list(_transfers(job, placement))
+    return job.memo[key]
+
+
+def _transfers(job: Job, placement: Placement) -> Iterator[tuple[Edge, int, int, int]]:
     for edge in job.edges:
         hosts, students = placement.replicas_of(edge.teacher), placement.replicas_of(edge.student)
         at_home = set(hosts)

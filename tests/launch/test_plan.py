@@ -75,7 +75,7 @@ def test_4096_ranks_are_planned_from_a_config_alone(big_recipe, tmp_path, capsys
     assert plan["fits"] and plan["transport"]
     always = [{k["stage"]: k["always"] for k in plan["memory"]}[stage] for stage in (0, 1)]
     weights = sum(always[0][part] + always[1][part] for part in ("layers", "head")) * 4
-    assert weights == pytest.approx(2 * (4.02e9), rel=0.02)  # 4.02e9 parameters in bfloat16, the tied table counted once
+    assert weights == pytest.approx(2 * 4.02e9, rel=0.02)  # parameters in bfloat16, the tied table counted once
 
 
 def test_quickstart_is_planned_with_its_own_prompts(capsys):

@@ -23,7 +23,8 @@ def damaged(**changes) -> str:
 
 @pytest.mark.parametrize(("content", "message"), [
     ("{", "is no JSON"), ("[]", "holds a list"), (damaged(memory_bytes=None), "'memory_bytes' is missing"),
-    (damaged(flops=1), "'flops' is unknown"), (damaged(memory_bytes=-1), "hardware.memory_bytes: -1; allowed is above 0"),
+    (damaged(flops=1), "'flops' is unknown"),
+    (damaged(memory_bytes=-1), "hardware.memory_bytes: -1; allowed is above 0"),
     (damaged(memory_bytes="80"), "hardware.memory_bytes: '80'"), (damaged(peak_flops=7), "peak_flops is 7"),
     (damaged(achieved={"bfloat16": 2}), "hardware.achieved.bfloat16: 2; allowed is above 0, at most 1"),
     (damaged(ranks_per_node=0), "hardware.ranks_per_node: 0"), (damaged(usable=float("nan")), "hardware.usable: nan")])
