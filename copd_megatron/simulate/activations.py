@@ -165,9 +165,12 @@ def backward_bytes(job: Job, layout: Layout, rows: Rows, width: Width) -> float:
 
 
 def forward_bytes(job: Job, rows: Rows, width: Width) -> float:
-    """What a layer makes on the way when nothing is saved."""
+    """What a layer makes on the way when nothing is saved; trunks that no adapter touches pass it before the rest."""
+    grad_rows, trunk_rows = _differentiated(job, rows)
+    together = max(grad_rows, trunk_rows)
+    waiting = (rows.tokens - together) * width.hidden * width.item
     swiglu = (2 * width.hidden + 5 * width.ffn) * width.item + width.hidden * width.wide
-    return rows.tokens * max(swiglu, (2 * width.hidden + 5 * width.q + 3 * width.mixed) * width.item)
+    return waiting + together * max(swiglu, (2 * width.hidden + 5 * width.q + 3 * width.mixed) * width.item)
 
 
 def head_bytes(job: Job, rows: Rows, width: Width, backward: bool) -> float:
