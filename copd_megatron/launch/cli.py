@@ -112,18 +112,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", metavar="FILE", help="also write the results there")
 
+    _add_run_folders(commands)
+    _add_planning(commands)
+    _command(
+        commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them"
+    )
+    return parser
+
+
+def _add_run_folders(commands) -> None:
     report = _command(commands, "report", "report", "show a run's results and write its report.html")
     report.add_argument("run_dir", metavar="RUN_DIR")
 
     compare = _command(commands, "compare", "compare", "set the results of runs side by side")
     compare.add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
     compare.add_argument("--html", metavar="FILE", help="also write a page with tables and curves there")
-
-    _add_planning(commands)
-    _command(
-        commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them"
-    )
-    return parser
 
 
 def _add_planning(commands) -> None:
