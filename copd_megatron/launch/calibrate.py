@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,9 +99,14 @@ def _best_s(work: Callable[[], object], seconds: float) -> float:
 
 
 def _matmul_flops(dtype: torch.dtype, where: torch.device, seconds: float) -> float:
-    size = 8192 if where.type == "cuda" else 768
-    a, b = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
-    return 2 * size ** 3 / _best_s(lambda: a @ b, seconds)
+    """Of square matrices, as large as one product in a tenth of ``seconds`` allows: some CPUs emulate bfloat16."""
+    size, largest = (8192, 8192) if where.type == "cuda" else (128, 1024)
+    while True:
+        a, b = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))
+        best = _best_s(partial(torch.mm, a, b), 0.0)
+        if size >= largest or best > seconds / 80:  # twice the size takes eight times as long
+            return 2 * size ** 3 / min(best, _best_s(partial(torch.mm, a, b), seconds))
+        size *= 2
 
 
 def _attention_dtype(where: torch.device) -> str:
