@@ -1,8 +1,8 @@
 """The command ``copd``: arguments in, exit code out.
 
 Nothing heavy is imported before a command runs, so that ``copd --version`` and ``copd --help`` answer at once
-and in any environment. Exit codes: 0 done, 1 `doctor` found something missing, 2 a mistake the user can mend,
-130 interrupted.
+and in any environment. Exit codes: 0 done, 1 `doctor` found something missing or `plan` that nothing fits, 2 a
+mistake the user can mend, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -112,6 +112,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", metavar="FILE", help="also write the results there")
 
+    _add_run_folders(commands)
+    _add_planning(commands)
+    _command(
+        commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them"
+    )
+    return parser
+
+
+def _add_run_folders(commands) -> None:
     report = _command(commands, "report", "report", "show a run's results and write its report.html")
     report.add_argument("run_dir", metavar="RUN_DIR")
 
@@ -119,10 +128,37 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
     compare.add_argument("--html", metavar="FILE", help="also write a page with tables and curves there")
 
-    _command(
-        commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them"
+
+def _add_planning(commands) -> None:
+    plan = _command(
+        commands, "plan", "plan", "show memory, traffic and time of a recipe on ranks that need not exist"
     )
-    return parser
+    _add_recipe(plan)
+    plan.add_argument("--world-size", type=_positive, required=True, metavar="N", help="number of ranks")
+    plan.add_argument(
+        "--hardware",
+        default="h100",
+        metavar="NAME|FILE",
+        help="h100, h200, a100, cpu, or a file that `copd calibrate` wrote (default: h100)",
+    )
+    plan.add_argument("--search", action="store_true", help="look for the fastest layouts that fit")
+    plan.add_argument(
+        "--layout", action="store_true", help="also show every rank's coordinates, experts and groups"
+    )
+    plan.add_argument(
+        "--prompt-tokens", type=_positive, metavar="P", help="length of prompts (default: measured from the tasks)"
+    )
+    plan.add_argument(
+        "--completion-tokens", type=_positive, metavar="R", help="length of completions (default: their limit)"
+    )
+    plan.add_argument("--json", metavar="FILE", help="also write everything there")
+
+    calibrate = _command(
+        commands, "calibrate", "calibrate", "measure this machine's ranks for `copd plan`, in under 3 minutes"
+    )
+    calibrate.add_argument(
+        "--out", default="hardware.json", metavar="FILE", help="where to write (default: hardware.json)"
+    )
 
 
 def _command(commands, name: str, function: str, summary: str) -> argparse.ArgumentParser:

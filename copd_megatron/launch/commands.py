@@ -177,6 +177,50 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=repr)
 
 
+def plan(options: argparse.Namespace) -> int:
+    """Print memory, traffic and time of a recipe on so many ranks; 1 if it does not fit."""
+    from copd_megatron.simulate.hardware import load_hardware
+
+    config = _configured(options)
+    hardware = load_hardware(options.hardware)
+    _prepare()
+    from copd_megatron.launch import plan as planning
+    from copd_megatron.simulate.search import search
+
+    planned = found = placement = None
+    if options.search:
+        job = planning.job_of(config, options.prompt_tokens, options.completion_tokens)
+        found = search(job, options.world_size, hardware, config.exchange.transport)
+        print(planning.search_text(found, hardware))
+        layout, fits = None, any(candidate.fits for candidate in found)
+    else:
+        layout, placement = planning.layout_of(config, options.world_size)
+        job = planning.job_of(config, options.prompt_tokens, options.completion_tokens)
+        planned = planning.make_plan(job, layout, placement, hardware, config.exchange.transport)
+        print(planning.plan_text(planned))
+        fits = planned.fits
+    if options.layout and layout is not None:
+        print(f"\n{planning.layout_text(layout, placement)}")
+    if options.json:
+        content = planning.plan_json(planned, found, options.layout)
+        planning.write_json(options.json, content)
+    return 0 if fits else 1
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Measure what the ranks of this machine do, and write it for `plan`."""
+    _prepare()
+    from copd_megatron.launch.calibrate import measure, summary
+    from copd_megatron.metrics.sinks import replace_file
+
+    hardware = measure()
+    if is_first_rank():
+        replace_file(Path(options.out), hardware.to_json().encode())
+        print(f"{summary(hardware)}\nwritten: {options.out}")
+    _leave()
+    return 0
+
+
 def doctor(options: argparse.Namespace) -> int:
     """Print the state of the environment; 1 if something that is needed is missing or harmful."""
     from copd_megatron.launch.doctor import diagnose

@@ -1,0 +1,181 @@
+"""Bytes that a pass through the backbone holds: what autograd saves, and what exists only for a moment.
+
+Frozen linears save nothing but their weight. What remains of a layer, per row of the stream (H hidden, Q = heads x d
+and K = kv heads x d and F feed-forward per tensor-parallel rank, r LoRA rank, b bytes of the compute type, w of the
+norms' wide type):
+
+    norms       (H + 1) w each; q and k norms (Q + K) w, where the wide type is the compute type K is a view of qkv
+    adapters    their input, H b (qkv; gate, up), F b (down); each r b after A; o_proj's input is attention's output
+    rotary      4 d b (cos and sin, for q and for k)
+    attention   q Q b, k K b, out Q b, log-sum-exp heads x 4, and v as a view of the fused qkv: (Q + 2 K) b
+    SwiGLU      fused gate and up 2 F b, silu(gate) F b, up + 0 F b (Megatron adds an offset of 0)
+
+With ``model.recompute`` a layer saves its input, H b, and one layer at a time is as above. A layer whose input needs
+no gradient (the first adapted one) saves less. Where scope is ``completion``, trunks keep k and the fused qkv for the
+leaves' backward. Counted for prefix sharing; naive packs in scope ``completion`` copy some rows besides.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from copd_megatron.model.backbone import DTYPES, stage_layers
+from copd_megatron.parallel.layout import Layout
+from copd_megatron.simulate.job import Job, Rows
+
+HEAD_COPIES_FORWARD, HEAD_COPIES_BACKWARD, HEAD_COPIES_FULL = 2, 2, 4
+"""[chunk, vocabulary] tensors that exist together: the logits and their exponentials; of both sides with ``full``."""
+TOPK_COPIES = 10
+"""[rows, k] tensors of the math type that a top-k divergence saves or makes, int64 ids counted as two."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """Widths of one rank's tensors, in elements, and bytes of its types."""
+
+    hidden: int
+    q: int
+    """Q: query heads of the rank x head dim."""
+    kv: int
+    ffn: int
+    head_dim: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    item: int
+    """b, bytes of the compute type."""
+    wide: int
+    """w, bytes of the type that norms compute in."""
+    math: int
+    """Bytes of logits and log-probs."""
+
+    @classmethod
+    def of(cls, job: Job, layout: Layout) -> Width:
+        """Of a rank under this layout."""
+        spec, tp = job.spec, layout.tp
+        item = DTYPES[job.model.dtype].itemsize
+        wide = max(4, item)
+        heads, kv_heads = spec.num_heads // tp, spec.num_kv_heads // tp
+        return cls(spec.hidden_size, heads * spec.head_dim, kv_heads * spec.head_dim, spec.ffn_hidden_size // tp,
+                   spec.head_dim, heads, kv_heads, spec.padded_vocab_size(tp) // tp, item, wide, wide)
+
+    @property
+    def mixed(self) -> int:
+        """The fused q, k, v."""
+        return self.q + 2 * self.kv
+
+
+def layer_row_bytes(job: Job, width: Width, needs_grad: bool) -> int:
+    """Bytes that autograd saves for one row in one layer.
+
+    Args:
+        needs_grad: whether the layer's input does; not so in the first layer with adapters.
+    """
+    adapted, rank = set(job.adapter.targets), job.adapter.rank
+    b, w = width.item, width.wide
+    total, grad = 0, needs_grad
+    if grad:
+        total += (width.hidden + 1) * w
+    into_qkv = adapted & {"q_proj", "k_proj", "v_proj"}
+    if into_qkv:
+        total += (width.hidden + len(into_qkv) * rank) * b
+        grad = True
+    if grad:
+        total += _attention_row_bytes(job, width)
+    if "o_proj" in adapted:
+        total += rank * b + (0 if grad else width.q * b)
+        grad = True
+    if grad:
+        total += (width.hidden + 1) * w
+    into_fc1 = adapted & {"gate_proj", "up_proj"}
+    if into_fc1:
+        total += (width.hidden + len(into_fc1) * rank) * b
+        grad = True
+    if grad:
+        total += 4 * width.ffn * b
+    if "down_proj" in adapted:
+        total += (width.ffn + rank) * b
+    return total
+
+
+def _attention_row_bytes(job: Job, width: Width) -> int:
+    b, w = width.item, width.wide
+    total = (4 * width.head_dim + 2 * width.q + width.kv + width.mixed) * b + width.heads * max(4, width.math)
+    if job.spec.qk_norm:
+        total += (width.heads + width.kv_heads) * w
+        # Queries of several kv groups are copied out of the fused tensor, keys are a view of it.
+        total += width.q * w if width.kv_heads > 1 or b != w else 0
+        total += width.kv * w if b != w else 0
+    return total
+
+
+def saved_bytes(job: Job, layout: Layout, stage: int, rows: Rows, width: Width) -> float:
+    """What the forward of one microbatch leaves for its backward on one rank."""
+    grad_rows, trunk_rows = _differentiated(job, rows)
+    first = job.adapter.first_layer
+    layers = [i for i in stage_layers(job.spec.num_layers, layout.pp, stage) if i >= first]
+    total = 0.0
+    if job.model.recompute:
+        total += len(layers) * grad_rows * width.hidden * width.item
+    else:
+        total += sum(grad_rows * layer_row_bytes(job, width, index > first) for index in layers)
+        total += len(layers) * _working_copies(job, layout, width)
+    total += len(layers) * trunk_rows * (width.kv + width.mixed) * width.item
+    if stage == layout.pp - 1:
+        total += rows.scored * ((width.hidden + 1) * width.wide + width.hidden * width.item)
+        total += rows.scored * _topk(job) * width.math * TOPK_COPIES
+    if layout.pp > 1:  # the pipeline keeps what it received and what it sends
+        total += 2 * rows.tokens * width.hidden * width.item
+    return total
+
+
+def _differentiated(job: Job, rows: Rows) -> tuple[int, int]:
+    """(rows with gradients, trunk rows without) of a microbatch above ``first_layer``."""
+    apart = job.adapter.scope == "completion" and job.model.prefix_sharing
+    return (rows.leaves, rows.trunk) if apart else (rows.tokens, 0)
+
+
+def _working_copies(job: Job, layout: Layout, width: Width) -> int:
+    """Bytes of adapters that one layer saves as copies: fused A, and all of them where types differ."""
+    adapted, rank, b = set(job.adapter.targets), job.adapter.rank, width.item
+    fused = len(adapted & {"q_proj", "k_proj", "v_proj"}) + len(adapted & {"gate_proj", "up_proj"})
+    copies = fused * rank * width.hidden * b
+    if b < 4:
+        outs = {"q_proj": width.q, "k_proj": width.kv, "v_proj": width.kv, "o_proj": width.hidden + width.q,
+                "gate_proj": width.ffn, "up_proj": width.ffn, "down_proj": width.hidden + width.ffn}
+        copies += sum(outs[p] for p in adapted) * rank * b
+    return copies
+
+
+def _topk(job: Job) -> int:
+    kinds = {edge.signal for edge in job.edges}
+    return min(job.opd.topk, job.spec.vocab_size) if "topk" in kinds else 0
+
+
+def backward_bytes(job: Job, layout: Layout, rows: Rows, width: Width) -> float:
+    """What the backward makes on the way, at its fullest: where it begins, in the last layer's SwiGLU.
+
+    Later each layer frees more than its gradients need. With ``model.recompute`` also all that one layer saves when
+    it is recomputed.
+    """
+    grad_rows, _ = _differentiated(job, rows)
+    total = grad_rows * (2 * width.hidden + 2 * width.ffn) * width.item
+    if job.model.recompute:
+        total += grad_rows * layer_row_bytes(job, width, True) + _working_copies(job, layout, width)
+    return total
+
+
+def forward_bytes(job: Job, rows: Rows, width: Width) -> float:
+    """What a layer makes on the way when nothing is saved; trunks that no adapter touches pass it before the rest."""
+    grad_rows, trunk_rows = _differentiated(job, rows)
+    together = max(grad_rows, trunk_rows)
+    waiting = (rows.tokens - together) * width.hidden * width.item
+    swiglu = (2 * width.hidden + 5 * width.ffn) * width.item + width.hidden * width.wide
+    return waiting + together * max(swiglu, (2 * width.hidden + 5 * width.q + 3 * width.mixed) * width.item)
+
+
+def head_bytes(job: Job, rows: Rows, width: Width, backward: bool) -> float:
+    """Logits of one chunk of rows, in the math type, and their temporaries."""
+    chunk = min(job.model.head_chunk_tokens, rows.scored)
+    full = backward and any(edge.signal == "full" for edge in job.edges)
+    copies = HEAD_COPIES_FULL if full else HEAD_COPIES_BACKWARD if backward else HEAD_COPIES_FORWARD
+    return chunk * width.vocab * width.math * copies

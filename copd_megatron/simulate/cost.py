@@ -1,0 +1,202 @@
+"""Seconds of a step, by phase, from operations, bytes and what the hardware reaches of its peaks.
+
+    compute     matrix products / (peak x achieved), attention at its own share, spread over TP x CP and stages
+    pipeline    (m + PP - 1) / m for m microbatches; the longest stage counts, the head is the last stage's
+    decoding    per step the larger of: reading the weights and the KV, computing, launching the operations
+    collectives latency + bytes a rank sends / bandwidth, nothing overlaps; TP groups lie within a node while they fit
+    step        the slowest replica of each phase, as phases end with collectives over all replicas
+
+Operations are those of `flops` (prefix sharing included). Not counted: data loading, rewards, the vision tower,
+metrics, evaluation and saves.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from copd_megatron.model.backbone import DTYPES, stage_layers
+from copd_megatron.parallel.layout import Layout
+from copd_megatron.parallel.placement import Placement
+from copd_megatron.simulate.flops import Flops, PassStreams, UpdateShape, pass_flops, pass_streams
+from copd_megatron.simulate.hardware import Hardware
+from copd_megatron.simulate.job import Group, Job
+from copd_megatron.simulate.memory import adapter_bytes, backbone_bytes
+from copd_megatron.simulate.traffic import chosen, transfers
+
+OPERATIONS_PER_LAYER = 45
+"""Kernels that one layer's forward launches in an eager program, adapters included; a backward launches twice."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step. Example: ``StepTime(rollout=31.0, score=2.1, exchange=0.1, update=6.4, reduce=0.0)``."""
+
+    rollout: float
+    score: float
+    exchange: float
+    update: float
+    reduce: float
+    """Of the adapters' gradients over an expert's replicas."""
+
+    @property
+    def total(self) -> float:
+        """All of them: nothing overlaps."""
+        return self.rollout + self.score + self.exchange + self.update + self.reduce
+
+
+def assumptions(hardware: Hardware, dtype: str) -> list[str]:
+    """What the estimate rests on, for people."""
+    near, far, memory = (rate / 1e9 for rate in (hardware.intra_node_bandwidth, hardware.inter_node_bandwidth,
+                                                 hardware.memory_bandwidth))
+    return [
+        f"matrix products reach {hardware.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype} "
+        f"({hardware.achieved.get(dtype, 0.5):.0%} of peak), attention {hardware.attention_achieved:.0%} of peak",
+        f"memory {memory:.3g} GB/s; a rank sends {near:.3g} GB/s within a node of {hardware.ranks_per_node}, "
+        f"{far:.3g} GB/s between nodes",
+        f"decoding launches {OPERATIONS_PER_LAYER} operations per layer and step, "
+        f"{hardware.operation_s * 1e6:.3g} us each",
+        "all completions are of full length; nothing overlaps; data, rewards, vision tower and saves are not counted",
+        *(f"{what}: {text}" for what, text in hardware.notes.items()),
+    ]
+
+
+def step_flops(job: Job, placement: Placement, replica: int, opd: bool = True) -> dict[str, Flops]:
+    """Operations of one replica's step: phase (rollout, score, update) -> operations of all its ranks together."""
+    total = {"rollout": Flops(), "score": Flops(), "update": Flops()}
+    for group in job.groups(placement, replica, opd):
+        total["rollout"] += _pass(job, group.domain, True, backward=False) * group.count
+        total["update"] += _pass(job, group.domain, True, backward=True) * group.count
+        if group.edge is None:  # the KL to the backbone is always measured
+            total["score"] += _pass(job, group.domain, False, backward=False) * group.count
+    if opd:
+        for edge, _, host, prompts in transfers(job, placement):
+            if host == replica:
+                total["score"] += _pass(job, edge.teacher, True, backward=False) * prompts
+    return total
+
+
+def _pass(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
+    """One group of a domain under one policy."""
+    key = ("pass", domain, adapted, backward)
+    if key not in job.memo:
+        job.memo[key] = _computed_pass(job, domain, adapted, backward)
+    return job.memo[key]
+
+
+def _computed_pass(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
+    lengths = job.prompts[domain]
+    shape = UpdateShape(lengths.tokens, job.completion_tokens, job.rollout.group_size, 1, lengths.header_tokens)
+    streams = pass_streams(shape, job.adapter, 1, job.model.prefix_sharing)
+    if not adapted:
+        streams = PassStreams(streams.below, streams.trunks, replace(streams.lanes, adapted=0), streams.scored)
+    return pass_flops(job.spec, job.adapter, streams, backward)
+
+
+def step_time(job: Job, layout: Layout, placement: Placement, hardware: Hardware, transport: str = "scatter",
+              opd: bool = True) -> StepTime:
+    """Seconds of one step on the slowest replica.
+
+    Raises:
+        UserError: the hardware knows nothing of the backbone's dtype.
+    """
+    phases = [_replica_time(job, layout, placement, replica, hardware, opd) for replica in _kinds(job, placement)]
+    rollout, score, update = (max(times) for times in zip(*phases))
+    return StepTime(rollout, score, _exchange_time(job, layout, placement, hardware, transport) if opd else 0.0,
+                    update, _reduce_time(job, layout, placement, hardware))
+
+
+def _kinds(job: Job, placement: Placement) -> Iterable[int]:
+    """One replica for each different kind: of an expert's replicas the first has the largest share."""
+    if placement.replicas <= len(placement.experts):
+        return range(placement.replicas)
+    return sorted({hosts[0] for hosts in placement.hosts})
+
+
+def _replica_time(job: Job, layout: Layout, placement: Placement, replica: int, hardware: Hardware,
+                  opd: bool) -> tuple[float, float, float]:
+    """(rollout, score, update) seconds of one replica."""
+    groups = job.groups(placement, replica, opd)
+    if not groups:
+        return 0.0, 0.0, 0.0
+    flops = step_flops(job, placement, replica, opd)
+    batches = job.microbatches(groups)
+    rows = sum(batch.tokens for batch in batches)
+    scored_rows = rows * flops["score"].total / max(1.0, flops["rollout"].total)
+    update = _pipeline_time(job, layout, hardware, flops["update"], len(batches), rows,
+                            passes=4 if job.model.recompute else 3)
+    if job.model.recompute:
+        update += _compute_time(job, layout, hardware, flops["rollout"])
+    score = _pipeline_time(job, layout, hardware, flops["score"], len(batches), scored_rows, passes=1)
+    return _rollout_time(job, layout, hardware, groups, flops["rollout"]), score, update
+
+
+def _compute_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops) -> float:
+    """Seconds of the longest stage, without the pipeline's bubble."""
+    peak, rate = hardware.peak_flops[job.model.dtype], hardware.flops(job.model.dtype)
+    longest = len(stage_layers(job.spec.num_layers, layout.pp, 0)) / job.spec.num_layers
+    ranks = layout.tp * layout.cp
+    layers = (flops.linears + flops.adapters) / rate + flops.attention / (peak * hardware.attention_achieved)
+    return (layers * longest + flops.head / rate) / ranks
+
+
+def _pipeline_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops, batches: int, rows: float,
+                   passes: int) -> float:
+    """Seconds of ``batches`` microbatches; ``passes``: 1 forward, 3 with backward, 4 with recomputation."""
+    layers = len(stage_layers(job.spec.num_layers, layout.pp, 0))
+    launching = batches * layers * OPERATIONS_PER_LAYER * passes * hardware.operation_s
+    busy = max(_compute_time(job, layout, hardware, flops), launching)
+    item = DTYPES[job.model.dtype].itemsize
+    stream = rows / layout.cp * job.spec.hidden_size * item
+    forwards = {1: 1, 3: 2, 4: 3}[passes]
+    if layout.tp > 1:
+        near = layout.tp <= hardware.ranks_per_node
+        sent = 2 * (layout.tp - 1) / layout.tp * stream
+        busy += 2 * forwards * layers * (sent / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+    if layout.cp > 1:
+        near = layout.tp * layout.cp <= hardware.ranks_per_node
+        kv = 2 * job.spec.num_kv_heads * job.spec.head_dim // layout.tp * item * rows / layout.cp * (layout.cp - 1)
+        busy += forwards * layers * (kv / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+    if layout.pp > 1:
+        near = layout.world_size <= hardware.ranks_per_node
+        busy += forwards * (stream / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+    return busy * (batches + layout.pp - 1) / batches
+
+
+def _rollout_time(job: Job, layout: Layout, hardware: Hardware, groups: list[Group], flops: Flops) -> float:
+    """Waves of lanes; every step reads the weights once and the KV of all lanes, stage after stage."""
+    spec, item = job.spec, DTYPES[job.model.dtype].itemsize
+    lanes = sum(group.count for group in groups) * job.rollout.group_size / layout.cp
+    waves = max(1, -(-int(lanes) // job.rollout.decode_lanes))
+    weights = sum(sum(v for part, v in backbone_bytes(spec, layout, stage, job.model.dtype).items()
+                      if part != "embedding" or spec.tied_head) for stage in range(layout.pp))
+    kv_row = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers * item / layout.tp
+    prefixes = sum(group.count * job.prompts[group.domain].tokens for group in groups) / layout.cp
+    kv = (prefixes + lanes * job.completion_tokens / 2) * kv_row / waves
+    steps = waves * job.completion_tokens
+    memory = (weights + kv) / hardware.memory_bandwidth
+    launching = spec.num_layers * OPERATIONS_PER_LAYER * hardware.operation_s
+    compute = _compute_time(job, replace(layout, pp=1), hardware, flops) / steps
+    relay = 0.0
+    if layout.tp > 1:
+        relay += 2 * spec.num_layers * hardware.latency_s(layout.tp <= hardware.ranks_per_node)
+    if layout.pp > 1:
+        relay += layout.pp * hardware.latency_s(layout.world_size <= hardware.ranks_per_node)
+    return steps * (max(memory, launching, compute) + relay)
+
+
+def _exchange_time(job: Job, layout: Layout, placement: Placement, hardware: Hardware, transport: str) -> float:
+    _, traffic = chosen(job, layout, placement, transport)
+    if not traffic.step_bytes:
+        return 0.0
+    near = layout.world_size <= hardware.ranks_per_node
+    return traffic.rank_bytes / hardware.bandwidth(near) + 4 * hardware.latency_s(near)
+
+
+def _reduce_time(job: Job, layout: Layout, placement: Placement, hardware: Hardware) -> float:
+    """All-reduce of each hosted expert's gradients over its replicas, in a ring."""
+    most = max(len(hosts) for hosts in placement.hosts)
+    if most == 1:
+        return 0.0
+    near = layout.world_size <= hardware.ranks_per_node
+    size = max(adapter_bytes(job, layout, stage)["gradients"] for stage in range(layout.pp))
+    return 2 * (most - 1) / most * size / hardware.bandwidth(near) + hardware.latency_s(near)

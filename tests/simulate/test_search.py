@@ -1,0 +1,105 @@
+"""Thousands of ranks on one: a plan answers in well under five seconds, and the search says why layouts fail."""
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from copd_megatron.config.losses import OpdConfig, RlvrConfig
+from copd_megatron.config.model import AdapterConfig, ModelConfig
+from copd_megatron.config.rollout import RolloutConfig
+from copd_megatron.launch.plan import layout_text, make_plan, plan_json, plan_text, search_text
+from copd_megatron.model.spec import BackboneSpec, RopeSpec
+from copd_megatron.parallel.layout import Layout
+from copd_megatron.parallel.placement import Placement
+from copd_megatron.simulate.cost import step_time
+from copd_megatron.simulate.hardware import BUILT_IN
+from copd_megatron.simulate.job import Job, PromptLengths
+from copd_megatron.simulate.search import fullest, rank_kinds, search
+from copd_megatron.types import Edge
+
+QWEN3_VL_4B = BackboneSpec("qwen3_vl", 36, 2560, 9728, 32, 8, 128, 151936, 1e-6, RopeSpec(5e6, None, (24, 20, 20)),
+                           True, False, False, False, True, 3, 151655, 151656)
+EXPERTS = ("text", "image", "video")
+H100 = BUILT_IN["h100"]
+
+
+def big_job(**changes) -> Job:
+    hub = [Edge("text", s, 1.0, "topk") for s in EXPERTS[1:]] + [Edge(t, "text", 1.0, "topk") for t in EXPERTS[1:]]
+    job = Job(QWEN3_VL_4B, ModelConfig(path="-"), AdapterConfig(), RolloutConfig(), RlvrConfig(),
+              OpdConfig(signal="topk"), 16384, EXPERTS, tuple(hub),
+              {"text": PromptLengths(300), "image": PromptLengths(900, 700), "video": PromptLengths(4000, 3700)}, 1024,
+              vision_bytes=820_000_000)
+    return replace(job, **changes)
+
+
+def test_4096_ranks_take_well_under_five_seconds():
+    start = time.perf_counter()
+    layout = Layout(tp=4, pp=2, replicas=512)
+    placement = Placement.build(EXPERTS, 512)
+    plan = make_plan(big_job(), layout, placement, H100, "scatter")
+    text = plan_text(plan) + layout_text(layout, placement)
+    record = plan_json(plan, None, True)
+    assert time.perf_counter() - start < 5
+    assert "4096 ranks of h100" in text
+    assert len(text.splitlines()) < 100
+    assert len(record["ranks"]) == 4096
+    assert record["ranks"][4095] | {"experts": [], "groups": {}} == {
+        "rank": 4095, "replica": 511, "pp": 1, "cp": 0, "tp": 3, "ep": 0, "etp": 0, "experts": [], "groups": {}}
+    assert record["ranks"][4095]["experts"] == ["video"]
+
+
+def test_search_ranks_what_fits_and_explains_the_rest():
+    found = search(big_job(), 64, H100, "scatter")
+    fitting = [c for c in found if c.fits]
+    assert fitting and found[:len(fitting)] == fitting
+    assert [c.time.total for c in fitting] == sorted(c.time.total for c in fitting)
+    assert all(c.peak_bytes <= H100.usable_bytes for c in fitting)
+    assert all(c.tp * c.pp * c.cp * c.replicas == 64 for c in found)
+    assert len({(c.tp, c.pp, c.cp) for c in found}) == len(found)
+    reasons = {(c.tp, c.pp, c.cp): c.reason for c in found if not c.fits}
+    assert "query heads" in reasons[16, 1, 1] or "key/value heads" in reasons[16, 1, 1]
+    text = search_text(found, H100)
+    assert all(reason in text for reason in reasons.values())
+
+
+def test_search_names_the_largest_part_where_memory_is_short():
+    small = replace(H100, name="small", memory_bytes=6e9)
+    found = search(big_job(), 8, small, "scatter")
+    whole = next(c for c in found if (c.tp, c.pp, c.cp) == (1, 1, 1))
+    assert not whole.fits
+    assert "small has 5.5 GB to plan with; most is" in whole.reason
+
+
+@pytest.mark.parametrize("other", [Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)], ids=lambda layout: layout.key)
+def test_sharding_needs_less_memory_and_never_the_same_bytes_twice(other):
+    job = big_job()
+    one = fullest(rank_kinds(job, Layout(), Placement.build(EXPERTS, 1))).memory
+    kinds = rank_kinds(job, other, Placement.build(EXPERTS, 1))
+    assert fullest(kinds).memory.peak_bytes < one.peak_bytes
+    layers = sum(kind.memory.always["layers"] for kind in kinds) * other.tp
+    norms = 36 * (2 * 2560 + 2 * 128) * 2  # the only weights of a layer that are not cut
+    assert layers == one.always["layers"] + (other.tp - 1) * norms
+
+
+def test_recompute_trades_memory_for_time():
+    job, layout, placement = big_job(), Layout(), Placement.build(EXPERTS, 1)
+    again = replace(job, model=job.model.model_copy(update={"recompute": True}))
+    full, small = (fullest(rank_kinds(j, layout, placement)).memory.phases["update"]["activations"]
+                   for j in (job, again))
+    assert small < full / 5
+    assert step_time(again, layout, placement, H100).update > step_time(job, layout, placement, H100).update
+
+
+def test_more_replicas_never_take_longer():
+    job = big_job()
+    totals = [step_time(job, Layout(replicas=n), Placement.build(EXPERTS, n), H100).update for n in (1, 3, 12, 96)]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] / totals[-1] > 40
+
+
+def test_experts_alone_exchange_nothing_and_still_have_a_plan():
+    plan = make_plan(big_job(edges=()), Layout(), Placement.build(EXPERTS, 1), H100, "scatter")
+    assert "nothing is exchanged" in plan_text(plan)
+    assert set(plan.times) == {"rlvr"}

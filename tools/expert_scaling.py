@@ -1,0 +1,210 @@
+"""How the cost of one OPD step grows with the number of experts: bytes between replicas and operations, N = 2 to 32.
+
+    python tools/expert_scaling.py --out results [--json results/scaling.json]
+
+Every topology (full, hub, ring, expander(3)) is counted under two rules for how much experts ask each other:
+
+    per_edge      every edge carries the same number of cross completions, however many edges there are
+    per_student   every student makes the same number, split over its teachers (`opd.cross_ratio`, the default)
+
+and two placements: one replica per expert, and a fixed number of replicas that host N / replicas experts each. Bytes
+and operations come from `copd_megatron.simulate`, the same functions as `copd plan`; exponents are the slopes of
+straight lines through log2(cost) over log2(N) for the larger half of the N, where lower-order terms have faded.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import copd_megatron.platform  # noqa: F401  (before any of Megatron)
+from copd_megatron.config.exchange import ExchangeConfig
+from copd_megatron.config.losses import OpdConfig, RlvrConfig
+from copd_megatron.config.model import AdapterConfig, ModelConfig
+from copd_megatron.config.reference import resolve_object
+from copd_megatron.config.rollout import RolloutConfig
+from copd_megatron.exchange.topology import edges
+from copd_megatron.launch.table import format_table
+from copd_megatron.model.hf_config import read_spec
+from copd_megatron.model.spec import BackboneSpec, RopeSpec
+from copd_megatron.parallel.layout import Layout
+from copd_megatron.parallel.placement import Placement
+from copd_megatron.simulate.cost import step_flops
+from copd_megatron.simulate.job import Job, PromptLengths
+from copd_megatron.simulate.traffic import gather, scatter
+from copd_megatron.types import UserError
+
+COUNTS = (2, 4, 8, 16, 32)
+TOPOLOGIES = ("full", "hub", "ring", "expander(3)")
+RULES = ("per_edge", "per_student")
+COSTS = ("scatter_bytes", "gather_bytes", "gather_rank_bytes", "score_flops", "step_flops")
+QWEN3_VL_4B = BackboneSpec("qwen3_vl", 36, 2560, 9728, 32, 8, 128, 151936, 1e-6, RopeSpec(5e6, None, (24, 20, 20)),
+                           True, False, False, False, True, 3, 151655, 151656)
+"""What is counted unless --backbone names a directory."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point of the study; bytes and operations of one OPD step, all ranks together unless said otherwise."""
+
+    topology: str
+    rule: str
+    replicas: str
+    """"experts" (one each) or the fixed number."""
+    experts: int
+    edges: int
+    scatter_bytes: float
+    gather_bytes: float
+    gather_rank_bytes: float
+    """Of ``gather_adapters``, received by one rank."""
+    score_flops: float
+    """Of teachers scoring cross completions, and of the KL to the backbone."""
+    step_flops: float
+    """Of rollout, scoring and update."""
+
+
+def study(spec: BackboneSpec, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
+    """All points, and the topologies that this version does not know or that N experts cannot have."""
+    rows, missing = [], []
+    for topology in options.topologies:
+        for count in options.experts:
+            names = tuple(f"e{n}" for n in range(count))
+            try:
+                links = edges(ExchangeConfig(topology=topology), OpdConfig(signal=options.signal), names, 0,
+                              resolve_object)
+            except UserError as error:
+                missing.append(f"{topology} with {count} experts: {error}")
+                continue
+            for rule in RULES:
+                job = _job(spec, options, names, tuple(links), rule)
+                rows.append(_row(job, topology, rule, "experts", count))
+                rows.append(_row(job, topology, rule, str(options.replicas), min(count, options.replicas)))
+    return rows, missing
+
+
+def _job(spec: BackboneSpec, options: argparse.Namespace, names: tuple[str, ...], links: tuple, rule: str) -> Job:
+    """One run. An edge never asks more than the teacher's native prompts, so a ratio as large as the largest number
+    of teachers that a student has gives every edge just those."""
+    teachers = max((sum(edge.student == name for edge in links) for name in names), default=1)
+    opd = OpdConfig(signal=options.signal, topk=options.topk, cross_ratio=teachers if rule == "per_edge" else 1.0)
+    rollout = RolloutConfig(prompts_per_step=options.prompts, group_size=8,
+                            max_completion_tokens=options.completion_tokens)
+    return Job(spec, ModelConfig(path="-"), AdapterConfig(rank=options.rank), rollout, RlvrConfig(), opd, 16384, names,
+               links, dict.fromkeys(names, PromptLengths(options.prompt_tokens)), options.completion_tokens)
+
+
+def _row(job: Job, topology: str, rule: str, label: str, replicas: int) -> Row:
+    layout, placement = Layout(replicas=replicas), Placement.build(job.experts, replicas)
+    gathered = gather(job, layout, placement)
+    per_replica = [step_flops(job, placement, replica) for replica in range(replicas)]
+    return Row(topology, rule, label, len(job.experts), len(job.edges),
+               scatter(job, layout, placement, lambda edge: edge.signal).step_bytes, gathered.step_bytes,
+               gathered.rank_bytes, sum(flops["score"].total for flops in per_replica),
+               sum(part.total for flops in per_replica for part in flops.values()))
+
+
+def exponents(rows: Sequence[Row]) -> Iterator[dict]:
+    """The slope of log(cost) over log(N) for every topology, rule, placement and cost."""
+    def key_of(row: Row) -> tuple[str, str, str]:
+        return row.topology, row.rule, row.replicas if row.replicas == "experts" else "fixed"
+
+    for key in dict.fromkeys(map(key_of, rows)):
+        own = [row for row in rows if key_of(row) == key]
+        own = own[-max(2, (len(own) + 1) // 2):]
+        counts = np.log2([row.experts for row in own])
+        slopes = {}
+        for cost in COSTS:
+            values = np.array([getattr(row, cost) for row in own])
+            known = len(own) > 1 and bool((values > 0).all())
+            slopes[cost] = float(np.polyfit(counts, np.log2(values), 1)[0]) if known else None
+        yield {"topology": key[0], "rule": key[1], "replicas": key[2], **slopes}
+
+
+def text(rows: Sequence[Row], fits: Sequence[dict]) -> str:
+    """Both tables for people."""
+    cells = [[r.topology, r.rule, r.replicas, str(r.experts), str(r.edges),
+              *(f"{getattr(r, cost):.3g}" for cost in COSTS)] for r in rows]
+    fitted = [[f["topology"], f["rule"], f["replicas"],
+               *("-" if f[cost] is None else f"N^{f[cost]:.2f}" for cost in COSTS)] for f in fits]
+    return (format_table(["topology", "rule", "replicas", "experts", "edges", *COSTS], cells) + "\n\n"
+            + format_table(["topology", "rule", "replicas", *COSTS], fitted))
+
+
+def plot(rows: Sequence[Row], out: Path) -> list[Path]:
+    """Bytes and operations over N, one replica per expert, log-log: scaling.png and scaling.svg."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True)
+    own = [r for r in rows if r.replicas == "experts"]
+    for column, rule in enumerate(RULES):
+        for line, (cost, unit) in enumerate((("scatter_bytes", "bytes per OPD step"), ("step_flops", "FLOP per step"))):
+            axis = axes[line][column]
+            for topology in dict.fromkeys(r.topology for r in own):
+                points = [(r.experts, getattr(r, cost)) for r in own if (r.topology, r.rule) == (topology, rule)]
+                axis.loglog(*zip(*points), marker="o", base=2, label=f"scatter, {topology}" if line == 0 else topology)
+            if line == 0:
+                points = [(r.experts, r.gather_bytes) for r in own if (r.topology, r.rule) == (own[0].topology, rule)]
+                axis.loglog(*zip(*points), marker="s", base=2, linestyle="--", label="gather_adapters")
+            axis.set(title=f"{rule.replace('_', ' ')}: {cost.replace('_', ' ')}", xlabel="experts", ylabel=unit)
+            axis.grid(True, which="both", alpha=0.3)
+            axis.legend()
+    figure.tight_layout()
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"scaling.{suffix}" for suffix in ("png", "svg")]
+    for file in files:
+        figure.savefig(file)
+    pyplot.close(figure)
+    return files
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the plots")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows and exponents there")
+    parser.add_argument("--backbone", metavar="DIR", help="Hugging Face directory; only config.json is read")
+    parser.add_argument("--experts", type=int, nargs="+", default=list(COUNTS))
+    parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
+    parser.add_argument("--replicas", type=int, default=2, help="of the placement with a fixed number (default: 2)")
+    parser.add_argument("--prompts", type=int, default=256, help="native prompts per expert and step")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--completion-tokens", type=int, default=1024)
+    parser.add_argument("--signal", default="topk", choices=["sampled", "topk", "full"])
+    parser.add_argument("--topk", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=32)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Count, print, plot, write."""
+    options = parse(arguments)
+    spec = read_spec(options.backbone) if options.backbone else QWEN3_VL_4B
+    rows, missing = study(spec, options)
+    fits = list(exponents(rows))
+    print(text(rows, fits))
+    for reason in missing:
+        print(f"left out: {reason}")
+    for file in plot(rows, options.out):
+        print(f"written: {file}")
+    if options.json:
+        given = {name: value if isinstance(value, int | str | list) else str(value)
+                 for name, value in vars(options).items() if name not in ("out", "json") and value is not None}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"options": given, "rows": [asdict(r) for r in rows], "exponents": fits,
+                                            "left_out": missing}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
