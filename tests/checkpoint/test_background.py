@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from copd_megatron.checkpoint.sharded import write_index, write_part
@@ -50,6 +51,7 @@ def test_a_full_disk_is_one_error_on_all_ranks(tmp_path, failing):
             saved(manager, state, ("text",))
         assert before == (manager.folder / "step_000001/state.json").read_bytes()
         assert [p.name for p in manager.folder.iterdir()] == ["step_000001"]
+        dist.barrier()  # all have looked
         state.step = 3
         saved(manager, state, ("text",))  # once there is room again, the run goes on
         return str(error.value)

@@ -216,10 +216,14 @@ def test_the_loop_and_the_generators_go_on_where_they_were(tmp_path):
 
     def on_other_layout():
         groups = groups_of(ONE)
-        before = _draws()
-        torch.manual_seed(0), random.seed(0), np.random.seed(0)
-        manager_of(tmp_path, groups, encoder).load_latest(state_of(groups, encoder, trained=False))
-        return before == _draws()
+        manager, state, draws = manager_of(tmp_path, groups, encoder), state_of(groups, encoder, trained=False), []
+        for load in (lambda: None, lambda: manager.load_latest(state)):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            load()
+            draws.append(_draws())
+        return draws[0] == draws[1]
 
     assert run_ranks(1, on_other_layout) == [True]
 
