@@ -50,9 +50,11 @@ class Milestones:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self.checkpoints.close()
-        self.progress.close()
-        self.recorder.__exit__(kind, error, trace)
+        try:
+            self.checkpoints.close()
+        finally:
+            self.progress.close()
+            self.recorder.__exit__(kind, error, trace)
 
     def before(self) -> None:
         """The evaluation before the first step, if evaluations are on."""
