@@ -42,7 +42,7 @@ _FACTOR = re.compile(r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)\.lora_[AB]")
 
 
 def full_factors(bank: AdapterBank, policy: str) -> dict[str, Tensor]:
-    """Unsharded factors of a policy by name, on the CPU: A [r, in], B [out, r], in layer order.
+    """Copies of the unsharded factors of a policy by name, on the CPU: A [r, in], B [out, r], in layer order.
 
     Every rank of a replica calls it; complete on ranks with tp 0, empty on the others.
     """
@@ -53,7 +53,7 @@ def full_factors(bank: AdapterBank, policy: str) -> dict[str, Tensor]:
             shards = [torch.empty_like(data) for _ in range(groups.layout.tp)]
             dist.all_gather(shards, data, group=groups.tp)
             data = torch.cat(shards, parameter.tp_dim)
-        own[name] = data.cpu()
+        own[name] = data.to("cpu", copy=True)  # the policy trains on
     if groups.coords.tp > 0:
         return {}
     return {name: factor for stage in all_gather_objects(own, groups.pp) for name, factor in stage.items()}

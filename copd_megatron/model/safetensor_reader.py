@@ -7,7 +7,6 @@ own slices.
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import struct
@@ -28,10 +27,6 @@ _MAX_HEADER_BYTES = 100_000_000
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Weight types that are plain numbers; anything else is a quantised format that needs its own decoder."""
-
-
-_HASH_SAMPLES = 64
-_HASH_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -169,26 +164,3 @@ class SafetensorReader:
                             "files; the family in config.json needs it; check that config and weights "
                             "belong together")
         return self.entries[name]
-
-
-def content_hash(path: str | Path) -> str:
-    """SHA-256 (hex) that names the backbone in ``path`` at the cost of a few small reads.
-
-    Covers ``config.json``, the index, and of every weight file its name, size, header and 64 evenly spaced
-    samples of 4 KiB. Training changes nearly every weight, so another checkpoint of the same shape gets
-    another hash; a change confined to bytes between the samples goes unseen.
-    """
-    path = Path(path)
-    digest = hashlib.sha256()
-    for name in ("config.json", INDEX_FILE):
-        if (path / name).is_file():
-            digest.update(name.encode() + b"\0" + (path / name).read_bytes())
-    for file in sorted({entry.file for entry in check_files(path).values()}):
-        size = file.stat().st_size
-        digest.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-            for sample in range(_HASH_SAMPLES):
-                stream.seek(max(0, size - _HASH_SAMPLE_BYTES) * sample // (_HASH_SAMPLES - 1))
-                digest.update(stream.read(_HASH_SAMPLE_BYTES))
-    return digest.hexdigest()

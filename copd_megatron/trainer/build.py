@@ -134,8 +134,7 @@ def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Tra
     policies = build_policies(config)
     groups, runner = policies.groups, policies.runner
     state, checkpoints = run_state(config, run_dir, policies)
-    if resume:
-        checkpoints.load_latest(state)
+    resumed = checkpoints.load_latest(state) if resume else None
     params = sampling_params(config.rollout, policies.encoder)
     native = NativeBatch(policies.source, groups, config.rollout, config.rlvr, params, own_advantage)
     cross = CrossBatch(policies.source, groups, config.rollout, config.opd, native, params)
@@ -143,7 +142,7 @@ def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Tra
     scoring = Scoring(runner, groups, cross, config.rlvr, config.opd, config.rollout, budget,
                       config.exchange.transport, config.parallel.debug_checks)
     learner = Learner(runner, groups, state.optimizers, config.rlvr, config.opd, config.rollout, budget, own_loss)
-    milestones = _milestones(config, run_dir, policies, state, checkpoints, schedule.total_steps, resume)
+    milestones = _milestones(config, run_dir, policies, state, checkpoints, schedule.total_steps, resumed)
     return Trainer(config, groups, runner, policies.collector, native, cross, scoring, learner, schedule,
                    milestones, milestones.timers, state.step)
 
@@ -166,7 +165,7 @@ def run_state(config: RunConfig, run_dir: Path, policies: Policies) -> tuple[Run
 
 
 def _milestones(config: RunConfig, run_dir: Path, policies: Policies, state: RunState,
-                checkpoints: CheckpointManager, total_steps: int, resumed: bool) -> Milestones:
+                checkpoints: CheckpointManager, total_steps: int, resumed: Path | None) -> Milestones:
     groups, encoder = policies.groups, policies.encoder
     first = state.step if resumed else None
     if groups.is_main:

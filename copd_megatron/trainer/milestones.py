@@ -36,26 +36,31 @@ class Milestones:
 
     def __init__(self, config: RunConfig, run_dir: Path, groups: Groups, state: RunState, evaluator: Evaluator,
                  checkpoints: CheckpointManager, recorder: Recorder, rollouts: RolloutWriter | None,
-                 progress: Progress, timers: Timers, total_steps: int, resumed: bool):
+                 progress: Progress, timers: Timers, total_steps: int, resumed: Path | None):
         self.config, self.run_dir, self.groups, self.state = config, run_dir, groups, state
         self.evaluator, self.checkpoints = evaluator, checkpoints
         self.recorder, self.rollouts, self.progress, self.timers = recorder, rollouts, progress, timers
         self.total_steps = total_steps
         self._base: dict[int, dict[str, Answers]] = {}
         self._saved_at = state.step if resumed else None
-        self._resumed = resumed
+        self._resumed = resumed  # the save it went on from
 
     def __enter__(self) -> Milestones:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self.progress.close()
-        self.recorder.__exit__(kind, error, trace)
+        try:
+            self.checkpoints.close()
+        finally:
+            self.progress.close()
+            self.recorder.__exit__(kind, error, trace)
 
     def before(self) -> None:
         """The evaluation before the first step, if evaluations are on."""
         self.timers.collect()
+        if self._resumed:
+            self.progress.note(f"resumed from {self._resumed} (step {self.state.step})")
         if self.config.evaluation.every and self.state.step == 0 and not self._resumed:
             self._evaluate(self.config.evaluation.prompts)
 
@@ -68,6 +73,7 @@ class Milestones:
         values = {**metrics, **self.timers.collect()}
         self.recorder.log(step, phase, values)
         self.progress.step(step, phase, values)
+        self._note_saved(self.checkpoints.poll())
         if step == self.total_steps:
             return
         if _due(step, self.config.evaluation.every):
@@ -86,6 +92,7 @@ class Milestones:
     def interrupted(self) -> None:
         """Save what was trained and say how to go on."""
         self._save()
+        self._note_saved(self.checkpoints.wait())
         self._report("interrupted")
         self.progress.note(f"stopped after step {self.state.step} of {self.total_steps}; saved; "
                            f"go on with --resume --run-dir {self.run_dir}")
@@ -97,6 +104,7 @@ class Milestones:
         if self.config.checkpoint.export_merged and self.config.adapter.scope == "sequence":
             with self.timers("save"), self._all_policies():
                 self.checkpoints.export_merged(self.state, MERGED, self.run_dir / "merged")
+        self._note_saved(self.checkpoints.wait())
         self._summarise(rows, answers)
         self._report("finished")
 
@@ -132,13 +140,20 @@ class Milestones:
             self.checkpoints.export_peft(state, MERGED, self.run_dir / "best")
 
     def _save(self) -> None:
-        """Save unless this very step is saved."""
+        """Begin to save unless this very step is saved."""
         if self._saved_at == self.state.step:
             return
         with self.timers("save"), self._all_policies() as policies:
-            path = self.checkpoints.save(self.state, policies)
+            self._note_saved(self.checkpoints.wait())
+            self.checkpoints.save(self.state, policies)
+            if not self.config.checkpoint.asynchronous:
+                self._note_saved(self.checkpoints.wait())
         self._saved_at = self.state.step
-        self.progress.note(f"saved {path}")
+
+    def _note_saved(self, path: Path | None) -> None:
+        """Tell of a save that has become complete."""
+        if path is not None:
+            self.progress.note(f"saved {path}")
 
     def _summarise(self, rows: Rows, answers: Mapping[str, Mapping[str, Answers]]) -> None:
         """summary.json, the final table, and held_out.json: accuracies prompt by prompt, to compare policies and

@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -41,11 +41,12 @@ class RankError(AssertionError):
 
 
 def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0,
-              **kwargs: Any) -> list[Any]:
+              disturb: Callable[[Sequence[BaseProcess]], None] | None = None, **kwargs: Any) -> list[Any]:
     """Call ``fn(*args, **kwargs)`` on ``n`` forked ranks with torch.distributed (gloo) running.
 
     ``fn`` learns its rank from ``torch.distributed.get_rank()`` or from `Groups`; it may be a closure. Torch,
-    NumPy and Python generators are seeded alike on all ranks.
+    NumPy and Python generators are seeded alike on all ranks. ``disturb``, if given, is called with the processes,
+    by rank, while they run; it may kill some.
 
     Returns:
         What each rank returned, by rank; must be picklable (tensors come back as copies).
@@ -67,6 +68,8 @@ def run_ranks(n: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.
                     child.start()
                 sender.close()
                 children[receiver] = rank, child
+            if disturb is not None:
+                disturb([child for _, child in children.values()])
             return _collect(children, Path(folder), time.monotonic() + timeout_s)
         finally:
             for receiver, (_, child) in children.items():
