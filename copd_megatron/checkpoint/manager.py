@@ -13,10 +13,10 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from copd_megatron.checkpoint import whole_folder
 from copd_megatron.checkpoint.huggingface import save_merged
@@ -36,6 +36,16 @@ STATE, SHARDED = "state.json", "sharded"
 _NAME = re.compile(r"step_(\d{6,})")
 
 
+class Stateful(Protocol):
+    """Something whose state is plain data."""
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state``."""
+
+
 @dataclass
 class RunState:
     """What a run is made of between two steps."""
@@ -44,6 +54,8 @@ class RunState:
     optimizers: dict[str, Optimizer]
     """Of the hosted experts."""
     config_json: str
+    schedule: Stateful | None = None
+    """What decides phases and edges; None: not of interest."""
     step: int = 0
     best_accuracy: float = -1.0
     best_step: int = 0
@@ -104,6 +116,8 @@ class CheckpointManager:
         read_shards(path / SHARDED, state.bank, state.optimizers, meta["updates"])
         state.step, state.updates, state.train_s = meta["step"], meta["updates"], meta["train_s"]
         state.best_accuracy, state.best_step = meta["best_accuracy"], meta["best_step"]
+        if state.schedule is not None:
+            state.schedule.load_state(meta["schedule"])
         if self.groups.is_main:
             log.info("resumed from %s (step %d)", path, state.step)
         return path
@@ -143,6 +157,7 @@ class CheckpointManager:
         meta = {"step": state.step, "updates": state.updates, "best_accuracy": state.best_accuracy,
                 "best_step": state.best_step, "train_s": state.train_s + time.monotonic() - state.started,
                 "backbone_hash": self.backbone_hash, "adapter": state.bank.config.model_dump(mode="json"),
+                "schedule": {} if state.schedule is None else state.schedule.state(),
                 "layout": self.groups.layout.key, "config": json.loads(state.config_json),
                 "files": {file.name: _sha256(file) for file in sorted((partial / SHARDED).iterdir())}}
         (partial / STATE).write_text(json.dumps({"sha256": _digest(meta), **meta}, indent=1) + "\n")

@@ -23,7 +23,7 @@ from copd_megatron.parallel.groups import Groups
 from copd_megatron.trainer.batching import Lane, Microbatch, Sample, make_microbatches
 from copd_megatron.trainer.forward import Runner
 from copd_megatron.trainer.opd_phase import CrossBatch
-from copd_megatron.types import Completion, Edge, Segment
+from copd_megatron.types import BACKBONE, Completion, Edge, Segment
 
 REFERENCE = "kl_reference"
 """Slot of the frozen adapter that ``rlvr.kl_reference`` names."""
@@ -56,7 +56,8 @@ class Scoring:
                 ScoreRequest(s.edge.teacher, s.edge.student, s.slot, tuple(s.completion.token_ids),
                              s.edge.signal) for s in crossing], self.groups)
         requests = exchange.to_score
-        guests = [Lane(self._guest(request, step), request.teacher) for request in requests]
+        guests = [Lane(self._guest(request, step, edges), None if request.teacher == BACKBONE else request.teacher)
+                  for request in requests]
         kinds = {kind for kind in ("sampled", "topk", "full") if any(e.signal == kind for e in edges)}
         scored = self._pass([*self._own_lanes(samples), *guests], kinds)
         if not self.groups.is_last_stage:
@@ -85,9 +86,9 @@ class Scoring:
                 lanes.append(Lane(sample, sample.expert))
         return lanes
 
-    def _guest(self, request: ScoreRequest, step: int) -> Sample:
+    def _guest(self, request: ScoreRequest, step: int, edges: Sequence[Edge]) -> Sample:
         """The completion to score, on the prompt that any rank can make."""
-        prompt = self.cross.prompt(request.teacher, step, request.prompt)
+        prompt = self.cross.prompt(edges, request.teacher, request.student, step, request.prompt)
         completion = Completion(prompt, request.student, 0, [Segment(list(request.token_ids))])
         return Sample(completion, request.student)
 

@@ -167,7 +167,7 @@ def test_edges_are_written_as_edges(tmp_path):
     config = load_recipe(write(tmp_path, MINIMAL))
     config.exchange.topology = [Edge("text", "text", beta=0.5)]
     assert json.loads(to_json(config))["exchange"]["topology"] == [
-        {"teacher": "text", "student": "text", "beta": 0.5, "signal": "sampled"}
+        {"teacher": "text", "student": "text", "beta": 0.5, "signal": "sampled", "prompts": None}
     ]
 
 
