@@ -138,14 +138,22 @@ class Completion:
         return [p for s in self.segments for p in (s.logprobs or [0.0] * len(s.token_ids))]
 
 
+BACKBONE = "backbone"
+"""The teacher that is no adapter: the frozen model itself."""
+
+
 @dataclass(frozen=True)
 class Edge:
     """Teacher -> student in one OPD step. Example: ``Edge("text", "image")``."""
 
     teacher: str
+    """An expert, a frozen teacher's name, or ``backbone``."""
     student: str
     beta: float = 1.0
     signal: Literal["sampled", "topk", "student_topk", "full"] = "sampled"
+    prompts: str | None = None
+    """The expert whose prompts the student answers; None: the teacher's, or the student's own where the teacher
+    is frozen."""
 
 
 class UserError(Exception):

@@ -69,7 +69,7 @@ class RunState:
     """Of the hosted experts."""
     config_json: str
     step: int = 0
-    """Also the cursor of every expert's data and the phase: both are functions of it."""
+    """With the schedule's state also the cursor of every expert's data and the phase: both are functions of them."""
     best_accuracy: float = -1.0
     best_step: int = 0
     train_s: float = 0.0

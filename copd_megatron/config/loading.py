@@ -39,8 +39,8 @@ def load_recipe(path: str | Path) -> RunConfig:
     """Run a recipe file and return its configuration.
 
     The file's folder goes first on ``sys.path``, as for a script, so that a recipe imports its neighbours and
-    names of the form "neighbour:Name" resolve. Relative ``model.path`` and ``rlvr.kl_reference`` are taken
-    from that folder.
+    names of the form "neighbour:Name" resolve. Relative ``model.path``, ``rlvr.kl_reference`` and
+    ``exchange.frozen_teachers`` are taken from that folder.
 
     Raises:
         UserError: the file is missing, fails, or has no ``recipe()`` that returns a valid RunConfig.
@@ -127,7 +127,9 @@ def _with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
     rlvr = config.rlvr
     if rlvr.kl_reference != "backbone":
         rlvr = rlvr.model_copy(update={"kl_reference": _absolute(rlvr.kl_reference, folder)})
-    return config.model_copy(update={"model": model, "rlvr": rlvr})
+    frozen = {name: _absolute(path, folder) for name, path in config.exchange.frozen_teachers.items()}
+    exchange = config.exchange.model_copy(update={"frozen_teachers": frozen})
+    return config.model_copy(update={"model": model, "rlvr": rlvr, "exchange": exchange})
 
 
 def _absolute(path: str, folder: Path) -> str:
@@ -155,6 +157,10 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             and given != getattr(getattr(config, section), field)
         ):
             tree[section][field] = _absolute(given, Path.cwd())
+    frozen = tree["exchange"].get("frozen_teachers") if isinstance(tree["exchange"], dict) else None
+    for name, given in frozen.items() if isinstance(frozen, dict) else ():
+        if isinstance(given, str) and given != config.exchange.frozen_teachers.get(name):
+            frozen[name] = _absolute(given, Path.cwd())
     try:
         return type(config).model_validate(tree)
     except ValidationError as error:

@@ -22,7 +22,7 @@ class MetricsConfig(Section):
     overlap_k: int = Field(10, ge=1)
     """k of the pairwise top-k overlap between experts (the paper uses 10)."""
     overlap_tokens: int = Field(512, ge=1)
-    """Completion tokens per expert and replica on which overlap and symmetric KL are measured."""
+    """Completion tokens per expert, all its replicas together, on which overlap and symmetric KL are measured."""
     overlap_every: int = Field(1, ge=1)
     """Steps between these measurements, each of which brings all experts' adapters to every replica. The last
     step of a phase is always measured."""

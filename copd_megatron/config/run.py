@@ -1,4 +1,5 @@
 """The whole run: what a recipe returns."""
+import difflib
 import re
 from collections.abc import Iterator
 from typing import Self
@@ -17,7 +18,7 @@ from copd_megatron.config.tasks import ExpertConfig
 from copd_megatron.config.trainer import EvaluationConfig, MergeConfig, OptimizerConfig, ScheduleConfig
 
 EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-RESERVED_NAMES = frozenset({"base", "merged", "kl_reference",
+RESERVED_NAMES = frozenset({"base", "merged", "kl_reference", "backbone",
                             "edge", "pair", "exchange", "time", "tokens", "memory", "eval", "record"})
 """Other policies, and first words of metrics that are not an expert's."""
 
@@ -68,6 +69,10 @@ class RunConfig(Section):
         hub = self.exchange.hub
         yield (hub is not None and hub not in self.experts,
                f"exchange.hub: {hub!r} is no expert; experts are {sorted(self.experts)}")
+        for name in self.exchange.frozen_teachers:
+            yield (not EXPERT_NAME.fullmatch(name) or name in RESERVED_NAMES or name in self.experts,
+                   f"exchange.frozen_teachers: {name!r}; a name has letters, digits, _ and -, and is neither an "
+                   f"expert's nor one of {', '.join(sorted(RESERVED_NAMES))}; rename it")
 
     def _training_rules(self) -> Iterator[tuple[bool, str]]:
         """(broken?, what to say) of sampling, losses, schedule and evaluation."""
@@ -84,6 +89,17 @@ class RunConfig(Section):
         yield rlvr.minibatches_per_rollout > rollout.prompts_per_step, (
             f"rlvr.minibatches_per_rollout: {rlvr.minibatches_per_rollout}; at most rollout.prompts_per_step, "
             f"{rollout.prompts_per_step}, as a minibatch is made of whole groups; lower it")
+        for name in schedule.rl_steps_of:
+            near = difflib.get_close_matches(name, self.experts, n=1)
+            yield name not in self.experts, (
+                f"schedule.rl_steps_of: {name!r} is no expert; experts are {', '.join(self.experts)}; "
+                + (f"nearest: {near[0]}" if near else "correct it"))
+        yield schedule.enter_overlap > schedule.leave_overlap, (
+            f"schedule.enter_overlap: {schedule.enter_overlap}; at most schedule.leave_overlap, "
+            f"{schedule.leave_overlap}, or the phases would never rest; lower it")
+        for field in ("rl_length", "opd_length"):
+            least, most = getattr(schedule, field)
+            yield least > most, f"schedule.{field}: [{least}, {most}]; the least comes first; swap them"
         yield schedule.rl_steps + schedule.opd_steps == 0, (
             "schedule.rl_steps and schedule.opd_steps: both are 0; a cycle has at least one step; raise one")
         yield self.evaluation.greedy and self.evaluation.samples != 1, (

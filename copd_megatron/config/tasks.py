@@ -27,3 +27,6 @@ class ExpertConfig(Section):
     rewards: dict[str, RewardConfig] = Field(
         default_factory=lambda: {"accuracy": RewardConfig(weight=0.9), "format": RewardConfig(weight=0.1)})
     """Weighted parts of the reward, each logged."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Its share of the work, beside the other experts': decides how many replicas it gets, or with whom it shares
+    one. Measured as metric ``{expert}/tokens``. It changes the speed, never what is learned."""

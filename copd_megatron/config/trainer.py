@@ -1,5 +1,5 @@
 """Optimizer, schedule, merge and evaluation of a run."""
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -26,14 +26,30 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """N cycles of S_rl RLVR steps and S_opd OPD steps."""
+    """When the experts learn alone (RLVR) and when from each other (OPD)."""
 
+    kind: Literal["fixed", "adaptive"] = "fixed"
+    """fixed: N cycles of S_rl RLVR steps and S_opd OPD steps. adaptive: as many steps in all, but each phase
+    ends when the mean overlap of the experts says so: OPD begins below ``enter_overlap`` and ends at
+    ``leave_overlap``."""
     cycles: int = Field(1, ge=1)
-    """Number of cycles N."""
+    """Number of cycles N; the run has N x (``rl_steps`` + ``opd_steps``) steps, whatever the kind."""
     rl_steps: int = Field(3, ge=0)
     """RLVR steps per cycle, S_rl (the paper's best ratio is 3 : 2)."""
     opd_steps: int = Field(2, ge=0)
     """OPD steps per cycle, S_opd; 0 trains independent experts."""
+    rl_steps_of: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
+    """Expert -> its own number of RLVR steps per cycle, where it is not ``rl_steps``; the longest sets the length
+    of the phase. The others rest in the steps between, which are chosen so that all steps cost about the same
+    by the tokens measured in the cycle before. Every expert takes part in every OPD step."""
+    enter_overlap: float = Field(0.9, ge=0, le=1)
+    """adaptive: begin OPD when the mean top-k overlap (k = ``metrics.overlap_k``) is below this."""
+    leave_overlap: float = Field(0.95, ge=0, le=1)
+    """adaptive: end OPD when it is at least this; not below ``enter_overlap``."""
+    rl_length: tuple[Annotated[int, Field(ge=1)], int] = (1, 8)
+    """adaptive: least and most steps of an RLVR phase, whatever the overlap."""
+    opd_length: tuple[Annotated[int, Field(ge=1)], int] = (1, 8)
+    """adaptive: least and most steps of an OPD phase, whatever the overlap."""
 
 
 class MergeConfig(Section):

@@ -53,6 +53,13 @@ _EXPERT = (
            "below the batch size", "High: the data has few prompts of middling difficulty."),
     Metric("{expert}/length", "Mean completion length, native batch.", "tokens", "steady or slowly rising",
            "Collapses or explodes: see `truncated`; consider `rlvr.reduction=token_mean`."),
+    Metric("{expert}/tokens", "Tokens of the expert's step, all replicas: each prompt once and all completions, "
+           "native and cross.", "tokens", "as `experts.{expert}.weight` says, beside the others'",
+           "Far from the weights: set them to these numbers, or `schedule.rl_steps_of` lower for the dearest."),
+    Metric("{expert}/idle/{phase}", "Share of rollout, score or update in which the expert's replicas wait for the "
+           "busiest of all. Waiting for each other within an update counts as work.", "0 to 1", "below 0.2",
+           "High: give the expert a lower `experts.{expert}.weight`, or the dearest one fewer "
+           "`schedule.rl_steps_of`."),
     Metric("{expert}/truncated", "Share of completions cut at `rollout.max_completion_tokens`.", "0 to 1",
            "below 0.05", "Higher: raise the limit or set `rlvr.overlong_buffer_tokens`."),
     Metric("{expert}/parseable", "Share of completions from which an answer could be read.", "0 to 1",

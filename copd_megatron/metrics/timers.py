@@ -53,6 +53,11 @@ class Timers:
             self._open.pop()
             self._announce()
 
+    def seconds(self, phase: str) -> float:
+        """Time charged to ``phase`` since the last ``collect``."""
+        self._charge()
+        return self._seconds.get(phase, 0.0)
+
     def add_tokens(self, phase: str, tokens: int) -> None:
         """Count tokens (of all ranks, if the rate is to be theirs) that went through ``phase``."""
         self._tokens[phase] += tokens

@@ -14,6 +14,8 @@ from copd_megatron.losses.topk_kl import topk_overlap
 from copd_megatron.metrics.names import pair_name
 from copd_megatron.model.shared_prefix import Pack
 from copd_megatron.model.vocab_parallel import full_divergence, score
+from copd_megatron.parallel.collectives import all_gather_objects
+from copd_megatron.parallel.groups import Groups
 from copd_megatron.trainer.batching import Lane, Microbatch, Sample, make_microbatches
 from copd_megatron.trainer.forward import Runner
 from copd_megatron.trainer.step_metrics import Sums, add_sums
@@ -26,12 +28,9 @@ def measure_agreement(runner: Runner, samples: Sequence[Sample], experts: Sequen
     Needs every expert's adapters in the bank (``exchange.gather``). Completions of one prompt are taken
     together, so that they share its evaluation.
     """
-    lanes: list[Lane] = []
-    left = dict.fromkeys(experts, tokens)
-    for sample in samples:
-        if sample.is_native and left[sample.expert] > 0:
-            left[sample.expert] -= sample.length
-            lanes += [Lane(sample, policy) for policy in experts]
+    chosen = {expert: _first(samples, expert, tokens, runner.groups) for expert in runner.groups.hosted}
+    lanes = [Lane(sample, policy) for sample in samples
+             if sample.is_native and _place(sample) in chosen[sample.expert] for policy in experts]
 
     def at_end(hidden: Tensor, pack: Pack, batch: Microbatch) -> tuple[None, Sums]:
         return None, _pair_sums(runner, hidden, pack, batch, k, temperature)
@@ -41,6 +40,26 @@ def measure_agreement(runner: Runner, samples: Sequence[Sample], experts: Sequen
     for part in runner.score(batches, at_end):
         add_sums(total, part)
     return total
+
+
+def _place(sample: Sample) -> tuple[int, int]:
+    """Which completion of its expert's batch it is."""
+    return sample.slot, sample.completion.sample
+
+
+def _first(samples: Sequence[Sample], expert: str, tokens: int, groups: Groups) -> set[tuple[int, int]]:
+    """The first completions of an expert's native batch with ``tokens`` in all: the same on any number of replicas.
+
+    Every replica of the expert calls it together.
+    """
+    mine = [(_place(s), s.length) for s in samples if s.is_native and s.expert == expert]
+    chosen, left = set(), tokens
+    for place, length in sorted(row for part in all_gather_objects(mine, groups.adapter[expert]) for row in part):
+        if left <= 0:
+            break
+        chosen.add(place)
+        left -= length
+    return chosen
 
 
 def _pair_sums(runner: Runner, hidden: Tensor, pack: Pack, batch: Microbatch, k: int, temperature: float) -> Sums:

@@ -44,7 +44,7 @@ from copd_megatron.trainer.prompts import PromptSource
 from copd_megatron.trainer.rlvr_phase import NativeBatch
 from copd_megatron.trainer.scoring import REFERENCE, Scoring
 from copd_megatron.trainer.trainer import Trainer
-from copd_megatron.types import Prompt, UserError
+from copd_megatron.types import BACKBONE, Prompt, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +76,15 @@ def build_policies(config: RunConfig) -> Policies:
     encoder = PromptEncoder(config.model.path)
     invocation = encoder.invocation_token_ids if config.adapter.scope == "completion" else None
     reference = _reference_folder(config.rlvr)
+    teachers = {name: _adapter_folder(folder, f"exchange.frozen_teachers.{name}", "a PEFT adapter folder")
+                for name, folder in config.exchange.frozen_teachers.items()}
     tasks = {name: build_task(expert, name) for name, expert in config.experts.items()}
     scorers = {name: Scorer(tasks[name], expert.rewards, f"experts.{name}.rewards")
                for name, expert in config.experts.items()}
     init_distributed(config.parallel)
     layout = Layout.fit(torch.distributed.get_world_size(), config.parallel.tensor, config.parallel.pipeline)
     spec.check_parallel(layout.tp, layout.pp)
-    groups = Groups.create(layout, Placement.build(list(config.experts), layout.replicas),
-                           timeout_s=config.parallel.timeout_s)
+    groups = Groups.create(layout, place(config, layout.replicas), timeout_s=config.parallel.timeout_s)
     source = PromptSource(tasks, encoder, config.seed, config.rollout.max_prompt_tokens)
     _check_questions(source)
     backbone = Backbone(spec, groups, config.model, config.adapter)
@@ -93,20 +94,32 @@ def build_policies(config: RunConfig) -> Policies:
         backbone.bank.add_expert(expert, config.seed)
     if reference:
         load_peft_adapter(backbone.bank, REFERENCE, reference, invocation)
+    for name, folder in teachers.items():
+        load_peft_adapter(backbone.bank, name, folder, invocation)
     visual = _visual_features(config, backbone)
     engine = MegatronEngine(backbone, groups, config.rollout, config.seed)
     collector = Collector(engine, encoder, tasks, scorers, visual, groups)
     return Policies(groups, backbone, Runner(backbone, groups, visual), encoder, tasks, source, collector)
 
 
+def place(config: RunConfig, replicas: int) -> Placement:
+    """Experts by their weights, frozen teachers everywhere."""
+    weights = {name: expert.weight for name, expert in config.experts.items()}
+    return Placement.build(list(config.experts), replicas, weights, (*config.exchange.frozen_teachers, BACKBONE))
+
+
 def _reference_folder(config: RlvrConfig) -> Path | None:
     """The PEFT folder of the KL penalty's reference, if it has one."""
     if not config.kl_coef or config.kl_reference == "backbone":
         return None
-    folder = Path(config.kl_reference)
+    return _adapter_folder(config.kl_reference, "rlvr.kl_reference", "backbone or a PEFT adapter folder")
+
+
+def _adapter_folder(given: str, field: str, allowed: str) -> Path:
+    """A folder that looks like a PEFT adapter."""
+    folder = Path(given)
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"rlvr.kl_reference: {folder} has no adapter_config.json; allowed is backbone or a PEFT "
-                        "adapter folder; correct the path")
+        raise UserError(f"{field}: {folder} has no adapter_config.json; allowed is {allowed}; correct the path")
     return folder
 
 
@@ -128,15 +141,16 @@ def _visual_features(config: RunConfig, backbone: Backbone) -> Callable[[Sequenc
 
 def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Trainer:
     """Everything of a run, ready for ``run()``; with ``resume`` from its newest complete save."""
-    schedule = Schedule.build(config.schedule, config.exchange, config.opd, list(config.experts), resolve_object)
+    schedule = Schedule.build(config.schedule, config.exchange, config.opd, list(config.experts), resolve_object,
+                              config.seed)
     own_loss = _function(config.rlvr.loss_function, "rlvr.loss_function")
     own_advantage = _function(config.rlvr.advantage_function, "rlvr.advantage_function")
     policies = build_policies(config)
     groups, runner = policies.groups, policies.runner
-    state, checkpoints = run_state(config, run_dir, policies)
+    state, checkpoints = run_state(config, run_dir, policies, schedule)
     resumed = checkpoints.load_latest(state) if resume else None
     params = sampling_params(config.rollout, policies.encoder)
-    native = NativeBatch(policies.source, groups, config.rollout, config.rlvr, params, own_advantage)
+    native = NativeBatch(policies.source, groups, schedule, config.rollout, config.rlvr, params, own_advantage)
     cross = CrossBatch(policies.source, groups, config.rollout, config.opd, native, params)
     budget = config.optimizer.microbatch_tokens
     scoring = Scoring(runner, groups, cross, config.rlvr, config.opd, config.rollout, budget,
@@ -156,11 +170,17 @@ def _function(given: Any, field: str) -> Callable[..., Any] | None:
     return function
 
 
-def run_state(config: RunConfig, run_dir: Path, policies: Policies) -> tuple[RunState, CheckpointManager]:
-    """The state of a run that has not begun, and what saves and loads it."""
+def run_state(config: RunConfig, run_dir: Path, policies: Policies,
+              schedule: Schedule | None = None) -> tuple[RunState, CheckpointManager]:
+    """The state of a run that has not begun, and what saves and loads it.
+
+    Args:
+        schedule: saved and loaded with the rest; None where only the policies matter.
+    """
     bank, groups = policies.backbone.bank, policies.groups
     optimizers = {e: ExpertOptimizer(e, bank, groups, config.optimizer) for e in groups.hosted}
-    state = RunState(bank=bank, optimizers=optimizers, config_json=to_json(config))
+    loop = {} if schedule is None else {"schedule": schedule}
+    state = RunState(bank=bank, optimizers=optimizers, config_json=to_json(config), loop=loop)
     return state, CheckpointManager(run_dir, config.checkpoint, groups, Path(config.model.path), policies.encoder)
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -34,34 +34,41 @@ class Learner:
         """Whether the old policy is the one being differentiated, so that every ratio is exactly 1."""
         return self.rlvr.minibatches_per_rollout * self.rlvr.epochs == 1
 
-    def update(self, samples: Sequence[Sample]) -> Sums:
-        """All updates of one step; native and cross samples of a minibatch make one update."""
+    def update(self, samples: Sequence[Sample], training: Collection[str] | None = None) -> Sums:
+        """All updates of one step; native and cross samples of a minibatch make one update.
+
+        Args:
+            training: experts that are updated; None: all. The others stay as they are, moments included.
+        """
         sums: Sums = {}
         count = self.rlvr.minibatches_per_rollout
+        experts = [e for e in self.optimizers if training is None or e in training]
         for _ in range(self.rlvr.epochs):
             for number in range(count):
-                add_sums(sums, self._one_update([s for s in samples if s.slot * count // s.slots == number]))
+                own = [s for s in samples if s.slot * count // s.slots == number]
+                add_sums(sums, self._one_update(own, experts))
         return sums
 
-    def _one_update(self, samples: Sequence[Sample]) -> Sums:
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
-        self._weigh(samples)
+    def _one_update(self, samples: Sequence[Sample], experts: Sequence[str]) -> Sums:
+        for expert in experts:
+            self.optimizers[expert].zero_grad()
+        self._weigh(samples, experts)
         batches = make_microbatches([Lane(s, s.expert) for s in samples], self.runner.backbone.rules,
                                     self.microbatch_tokens)
         sums: Sums = {}
         for result in self.runner.train(batches, self.objective):
             add_sums(sums, result)
-        for expert, optimizer in self.optimizers.items():
-            add_sums(sums, {f"{expert}/{name}": (value, 1.0) for name, value in optimizer.step().items()})
+        for expert in experts:
+            numbers = self.optimizers[expert].step()
+            add_sums(sums, {f"{expert}/{name}": (value, 1.0) for name, value in numbers.items()})
         return sums
 
-    def _weigh(self, samples: Sequence[Sample]) -> None:
+    def _weigh(self, samples: Sequence[Sample], experts: Sequence[str]) -> None:
         """Token weights from the totals over all of an expert's replicas."""
         by_expert = defaultdict(list)
         for sample in samples:
             by_expert[sample.expert].append(sample)
-        for expert in self.optimizers:
+        for expert in experts:
             own = by_expert[expert]
             totals = reduce_scalars({"sequences": len(own), "tokens": sum(int(s.loss_mask.sum()) for s in own)},
                                     self.groups.adapter[expert])

@@ -1,14 +1,18 @@
 """The cross batches of an OPD step: students answer their teachers' prompts.
 
 Student k, teacher j: prompts are those of j's own native batch of this step, so that their prefixes are
-computed once per replica; completions come from k; only the teacher's signal teaches, no reward.
+computed once per replica; completions come from k; only the teacher's signal teaches, no reward. A frozen teacher
+has no prompts of its own: the student answers those of its own native batch, or of the expert that the edge names.
 """
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from copd_megatron.config.losses import OpdConfig
 from copd_megatron.config.rollout import RolloutConfig
+from copd_megatron.exchange.topology import prompts_of
 from copd_megatron.metrics.names import edge_name
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.placement import split_evenly
@@ -30,29 +34,68 @@ def cross_counts(edges: Sequence[Edge], student: str, native: int, ratio: float)
     return {edge: min(native, len(part)) for edge, part in zip(incoming, parts)}
 
 
+@dataclass(frozen=True)
+class CrossShare:
+    """The prompts of one edge: ``count`` places of a native batch from ``first`` on, going round."""
+
+    edge: Edge
+    domain: str
+    """The expert whose native batch it is."""
+    first: int
+    count: int
+
+
+def cross_shares(edges: Sequence[Edge], student: str, native: int, ratio: float,
+                 experts: Sequence[str]) -> list[CrossShare]:
+    """As ``cross_counts``, with the prompts: edges that ask the same expert's prompts take different ones, as far
+    as its batch goes."""
+    used: Counter[str] = Counter()
+    shares = []
+    for edge, count in cross_counts(edges, student, native, ratio).items():
+        domain = prompts_of(edge, experts)
+        shares.append(CrossShare(edge, domain, used[domain], count))
+        used[domain] += count
+    return shares
+
+
 class CrossBatch:
     """Asks for each hosted student's share of its cross batches."""
 
     def __init__(self, source: PromptSource, groups: Groups, rollout: RolloutConfig, opd: OpdConfig,
                  native: NativeBatch, params: SamplingParams):
         self.source, self.groups, self.rollout, self.opd, self.params = source, groups, rollout, opd, params
-        self.rounds = native.rounds
+        self.native = native
+
+    def shares(self, edges: Sequence[Edge], student: str) -> list[CrossShare]:
+        """Which prompts each edge of a student asks; the same on every rank."""
+        return cross_shares(edges, student, self.rollout.prompts_per_step, self.opd.cross_ratio,
+                            self.groups.placement.experts)
 
     def requests(self, step: int, edges: Sequence[Edge]) -> list[Asked]:
-        """The hosted students' requests; none outside OPD steps."""
-        native = self.rollout.prompts_per_step
+        """The hosted students' requests; none outside OPD steps. All replicas of a student call it together."""
         asked = []
         for student in self.groups.hosted:
-            for edge, count in cross_counts(edges, student, native, self.opd.cross_ratio).items():
-                for slot in self.groups.placement.share(student, self.groups.coords.replica, count):
-                    prompt = self.prompt(edge.teacher, step, slot)
-                    request = Request(prompt, student, self.rollout.group_size, self.params, (step,))
-                    asked.append(Asked(request, slot, count, edge))
+            shares = self.shares(edges, student)
+            slots = [(share, slot) for share in shares for slot in range(share.count)]
+            places = [(share.domain, self._position(share, step, slot)) for share, slot in slots]
+            for index in self.native.shares.own(student, places):
+                share, slot = slots[index]
+                # A student that answers a prompt again, its own for one, must not repeat itself.
+                times = (share.first + slot) // self.rollout.prompts_per_step + (share.domain == student)
+                request = Request(self.source.train(*places[index]), student, self.rollout.group_size, self.params,
+                                  (step, times) if times else (step,))
+                asked.append(Asked(request, slot, share.count, share.edge))
         return asked
 
-    def prompt(self, teacher: str, step: int, slot: int) -> Prompt:
-        """Prompt ``slot`` of the teacher's native batch; any rank can make it."""
-        return self.source.train(teacher, step * self.rounds * self.rollout.prompts_per_step + slot)
+    def prompt(self, edges: Sequence[Edge], teacher: str, student: str, step: int, slot: int) -> Prompt:
+        """Prompt ``slot`` of an edge in this step; any rank can make it."""
+        share = next(s for s in self.shares(edges, student) if s.edge.teacher == teacher)
+        return self.source.train(share.domain, self._position(share, step, slot))
+
+    def _position(self, share: CrossShare, step: int, slot: int) -> int:
+        """Where in the training stream of the edge's domain its prompt is."""
+        place = (share.first + slot) % self.rollout.prompts_per_step
+        return self.native.position(share.domain, step, place)
 
     @staticmethod
     def samples(asked: Sequence[Asked], groups: Sequence[Sequence[Completion]]) -> list[Sample]:

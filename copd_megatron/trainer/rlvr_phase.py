@@ -9,12 +9,14 @@ from torch import Tensor
 
 from copd_megatron.config.losses import RlvrConfig
 from copd_megatron.config.rollout import RolloutConfig
+from copd_megatron.exchange.schedule import Schedule
 from copd_megatron.losses.advantages import group_advantages, overlong_penalty
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.rollout.collector import Collector
 from copd_megatron.rollout.engine import Request, SamplingParams
 from copd_megatron.trainer.batching import Asked, Sample
 from copd_megatron.trainer.prompts import PromptSource
+from copd_megatron.trainer.sharing import Shares
 from copd_megatron.trainer.step_metrics import Sums, add_sums
 from copd_megatron.types import Completion, UserError
 
@@ -22,24 +24,38 @@ from copd_megatron.types import Completion, UserError
 class NativeBatch:
     """Asks for, and grades, each hosted expert's share of its native batch."""
 
-    def __init__(self, source: PromptSource, groups: Groups, rollout: RolloutConfig, rlvr: RlvrConfig,
-                 params: SamplingParams, advantage_function: Callable[[Tensor], Tensor] | None = None):
+    def __init__(self, source: PromptSource, groups: Groups, schedule: Schedule, rollout: RolloutConfig,
+                 rlvr: RlvrConfig, params: SamplingParams,
+                 advantage_function: Callable[[Tensor], Tensor] | None = None):
         """``advantage_function`` stands in for ``rlvr.advantage``, see ``RlvrConfig.advantage_function``."""
-        self.source, self.groups, self.rollout, self.rlvr, self.params = source, groups, rollout, rlvr, params
+        self.source, self.groups, self.schedule = source, groups, schedule
+        self.rollout, self.rlvr, self.params = rollout, rlvr, params
+        self.shares = Shares(source, groups, schedule, rollout)
         self.advantages = advantage_function or (lambda rewards_BG: group_advantages(rewards_BG, rlvr.advantage))
         self.rounds = rlvr.dynamic_sampling_max_rounds if rlvr.dynamic_sampling else 1
 
     def requests(self, step: int, round_: int = 0, slots: Mapping[str, Sequence[int]] | None = None) -> list[Asked]:
-        """The hosted experts' requests; ``slots`` limits them to the given places of the batch."""
+        """Requests of the hosted experts that train in this step. All replicas of an expert call it together.
+
+        Args:
+            slots: expert -> places of the batch; None: this replica's share of all of them.
+        """
         count = self.rollout.prompts_per_step
+        training = self.schedule.training(step)
         asked = []
-        for expert in self.groups.hosted:
-            own = self.groups.placement.share(expert, self.groups.coords.replica, count)
-            for slot in own if slots is None else slots[expert]:
-                prompt = self.source.train(expert, (step * self.rounds + round_) * count + slot)
+        for expert in (e for e in self.groups.hosted if e in training):
+            places = [self.position(expert, step, slot, round_) for slot in range(count)]
+            own = self.shares.own(expert, [(expert, place) for place in places]) if slots is None else slots[expert]
+            for slot in own:
+                prompt = self.source.train(expert, places[slot])
                 request = Request(prompt, expert, self.rollout.group_size, self.params, (step,))
                 asked.append(Asked(request, slot, count))
         return asked
+
+    def position(self, expert: str, step: int, slot: int, round_: int = 0) -> int:
+        """Where in the expert's training stream the prompt of a place in its batch is."""
+        turn = self.schedule.turn(expert, step)
+        return (turn * self.rounds + round_) * self.rollout.prompts_per_step + slot
 
     def resample(self, step: int, asked: list[Asked], groups: list[list[Completion]],
                  collector: Collector) -> dict[str, int]:
@@ -107,4 +123,14 @@ def native_metrics(samples: Sequence[Sample], groups: Sequence[Sequence[Completi
         add(f"{expert}/parseable", completion.extracted is not None)
     for group in groups:
         add(f"{group[0].expert}/zero_std_groups", not _has_signal(group))
+    add_sums(sums, group_tokens(groups))
+    return sums
+
+
+def group_tokens(groups: Sequence[Sequence[Completion]]) -> Sums:
+    """What the groups cost, by expert: each prompt once, and all completions."""
+    sums: Sums = {}
+    for group in groups:
+        tokens = len(group[0].prompt.token_ids) + sum(len(c.token_ids) for c in group)
+        add_sums(sums, {f"{group[0].expert}/tokens": (float(tokens), 0.0)})
     return sums

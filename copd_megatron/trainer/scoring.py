@@ -31,7 +31,7 @@ from copd_megatron.trainer.batching import Lane, Microbatch, Sample, make_microb
 from copd_megatron.trainer.forward import Runner
 from copd_megatron.trainer.opd_phase import CrossBatch
 from copd_megatron.trainer.step_metrics import Sums
-from copd_megatron.types import Completion, Edge, Segment
+from copd_megatron.types import BACKBONE, Completion, Edge, Segment
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,9 @@ class Scoring:
             if "student_topk" in codecs and self.groups.is_last_stage:
                 exchange, ids = exchange.tell_ids([scored[s, s.expert].topk_ids if s.edge.signal == "student_topk"
                                                    else None for s in crossing], self._topk())
+            guests = self._guests(exchange.to_score, step, edges)
             with timers("score"):
-                own_scores, returned = self._pass(own, exchange, ids, codecs, step, timers)
+                own_scores, returned = self._pass(own, guests, exchange, ids, codecs, timers)
         scored |= own_scores
         self._fill(samples, crossing, scored, returned)
         return sums
@@ -141,22 +142,24 @@ class Scoring:
                 lanes.append(Lane(sample, sample.expert))
         return lanes
 
-    def _guest(self, request: ScoreRequest, step: int) -> Sample:
-        """The completion to score, on the prompt that any rank can make."""
-        prompt = self.cross.prompt(request.teacher, step, request.prompt)
-        completion = Completion(prompt, request.student, 0, [Segment(list(request.token_ids))])
-        return Sample(completion, request.student)
+    def _guests(self, requests: Sequence[ScoreRequest], step: int, edges: Sequence[Edge]) -> list[Lane]:
+        """The completions to score, on prompts that any rank can make."""
+        lanes = []
+        for request in requests:
+            prompt = self.cross.prompt(edges, request.teacher, request.student, step, request.prompt)
+            completion = Completion(prompt, request.student, 0, [Segment(list(request.token_ids))])
+            teacher = None if request.teacher == BACKBONE else request.teacher
+            lanes.append(Lane(Sample(completion, request.student), teacher))
+        return lanes
 
-    def _pass(self, own: Sequence[Lane], exchange: Exchange, ids: Sequence[Tensor | None],
-              codecs: Mapping[Kind, Codec], step: int,
-              timers: Timers) -> tuple[dict[Key, _Scored], list[Signal]]:
+    def _pass(self, own: Sequence[Lane], guests: Sequence[Lane], exchange: Exchange, ids: Sequence[Tensor | None],
+              codecs: Mapping[Kind, Codec], timers: Timers) -> tuple[dict[Key, _Scored], list[Signal]]:
         """Score own lanes and the requests; answers leave while later microbatches are scored.
 
         Returns:
             Scores of all lanes and the signals that came back; nothing on other stages than the last.
         """
         requests = exchange.to_score
-        guests = [Lane(self._guest(request, step), request.teacher) for request in requests]
         # Guests first: all replicas then have something to send from their first microbatch on.
         batches = make_microbatches([*guests, *own], self.runner.backbone.rules, self.microbatch_tokens)
         number = {lane: index for index, lane in enumerate(guests)}

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from copd_megatron.metrics.names import edge_name
+from copd_megatron.exchange.schedule import Measured
+from copd_megatron.metrics.names import edge_name, pair_name
 from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.parallel.groups import Groups
+from copd_megatron.parallel.placement import Placement
 from copd_megatron.trainer.batching import Sample
 
 Sums = dict[str, tuple[Tensor | float, float]]
@@ -21,6 +23,8 @@ of 0 marks a plain sum."""
 
 VALUES_PER_EDGE = 4096
 """Deltas each replica contributes to an edge's percentiles."""
+BUSY_PHASES = ("rollout", "score", "update")
+"""Parts of a step in which a replica works on its own experts."""
 PERCENTILES = {"delta_p05": 5, "delta_p50": 50, "delta_p95": 95}
 
 
@@ -38,6 +42,7 @@ class StepMetrics:
         self.groups = groups
         self._sums: Sums = {}
         self._values: dict[str, np.ndarray] = {}
+        self._busy: dict[str, float] = {}
 
     @property
     def speaks(self) -> bool:
@@ -47,6 +52,10 @@ class StepMetrics:
     def add(self, sums: Mapping[str, tuple[Tensor | float, float]]) -> None:
         """Add sums and weights."""
         add_sums(self._sums, sums)
+
+    def add_busy(self, seconds: Mapping[str, float]) -> None:
+        """Part of the step -> seconds that this replica was at work in it."""
+        self._busy.update(seconds)
 
     def add_deltas(self, samples: Sequence[Sample]) -> None:
         """Remember the deltas of cross samples for percentiles."""
@@ -64,19 +73,51 @@ class StepMetrics:
         spoken = (_on_host(self._sums), self._values) if self.speaks else ({}, {})
         totals: Sums = {}
         values: dict[str, list[np.ndarray]] = defaultdict(list)
-        peaks = []
-        for (sums, arrays), peak in all_gather_objects((spoken, _peak_bytes()), self.groups.world):
+        peaks, busy = [], {}
+        speaker = self.groups.coords.replica if self.speaks else None
+        mine = (spoken, _peak_bytes(), speaker, self._busy)
+        for (sums, arrays), peak, replica, seconds in all_gather_objects(mine, self.groups.world):
             add_sums(totals, sums)
             for name, array in arrays.items():
                 values[name].append(array)
             peaks.append(peak)
+            if replica is not None:
+                busy[replica] = seconds
         metrics = {name: value / weight if weight else value for name, (value, weight) in totals.items()}
         metrics["memory/peak_bytes"] = float(max(peaks))
+        metrics |= idle_shares(self.groups.placement, busy)
         for name, arrays in values.items():
             joined = np.concatenate(arrays)
             if len(joined):
                 metrics |= {name + what: float(np.percentile(joined, q)) for what, q in PERCENTILES.items()}
         return metrics
+
+
+def idle_shares(placement: Placement, busy: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """``{expert}/idle/{phase}``: how much of a phase the expert's replicas wait for the busiest of all replicas.
+
+    1 - mean over its replicas of busy seconds / largest busy seconds; 0 for the busiest.
+
+    Args:
+        busy: replica -> phase -> seconds.
+    """
+    shares = {}
+    for phase in dict.fromkeys(phase for own in busy.values() for phase in own):
+        longest = max(own.get(phase, 0.0) for own in busy.values())
+        for expert in placement.experts if longest else ():
+            hosts = placement.replicas_of(expert)
+            mean = sum(busy[replica].get(phase, 0.0) for replica in hosts) / len(hosts)
+            shares[f"{expert}/idle/{phase}"] = 1 - mean / longest
+    return shares
+
+
+def measured(metrics: Mapping[str, float], experts: Sequence[str]) -> Measured:
+    """What the schedule wants to know of a step's metrics."""
+    pairs = [(a, b) for i, a in enumerate(experts) for b in experts[i + 1:]]
+    return Measured(
+        overlaps={(a, b): metrics[name] for a, b in pairs if (name := pair_name(a, b, "overlap")) in metrics},
+        tokens={e: metrics[f"{e}/tokens"] for e in experts if f"{e}/tokens" in metrics},
+        lengths={e: metrics[f"{e}/length"] for e in experts if f"{e}/length" in metrics})
 
 
 def _peak_bytes() -> int:

@@ -19,9 +19,9 @@ from copd_megatron.trainer.forward import Runner
 from copd_megatron.trainer.learner import Learner
 from copd_megatron.trainer.milestones import Milestones
 from copd_megatron.trainer.opd_phase import CrossBatch, cross_metrics
-from copd_megatron.trainer.rlvr_phase import NativeBatch, native_metrics
+from copd_megatron.trainer.rlvr_phase import NativeBatch, group_tokens, native_metrics
 from copd_megatron.trainer.scoring import Scoring
-from copd_megatron.trainer.step_metrics import StepMetrics, Sums
+from copd_megatron.trainer.step_metrics import BUSY_PHASES, StepMetrics, Sums, measured
 from copd_megatron.trainer.stop import StopRequest
 from copd_megatron.types import Edge
 
@@ -65,13 +65,16 @@ class Trainer:
             numbers.add(self.scoring.score(samples, step, edges, timers))
         numbers.add(self.runner.work("score"))
         with timers("update"):
-            numbers.add(self.learner.update(samples))
+            numbers.add(self.learner.update(samples, self.schedule.training(step)))
         numbers.add(self.runner.work("update"))
+        numbers.add_busy({part: timers.seconds(part) for part in BUSY_PHASES})
         numbers.add_deltas(samples)
         with timers("score"):
             numbers.add(self.agreement(step, samples))
         self.milestones.record_rollouts(step, phase, samples)
-        return numbers.reduce()
+        metrics = numbers.reduce()
+        self.schedule.observe(step, measured(metrics, self.experts))
+        return metrics
 
     def collect(self, step: int, edges: Sequence[Edge], numbers: StepMetrics) -> list[Sample]:
         """Native and, in OPD steps, cross samples of the hosted experts: one batch for the engine."""
@@ -84,6 +87,7 @@ class Trainer:
         crossing = self.cross.samples(cross, cross_groups)
         numbers.add(native_metrics(samples, native_groups))
         numbers.add(cross_metrics(crossing))
+        numbers.add(group_tokens(cross_groups))
         numbers.add({f"{e}/resampled_groups": (float(n), 0.0) for e, n in replaced.items()})
         numbers.add({"tokens/step": (float(sum(s.length for s in samples + crossing)), 0.0)})
         return samples + crossing
@@ -91,9 +95,7 @@ class Trainer:
     def agreement(self, step: int, samples: Sequence[Sample]) -> Sums:
         """Overlap and symmetric KL of all pairs after the update, every few steps and where a phase ends."""
         config = self.config.metrics
-        phase_ends = step + 1 == self.schedule.total_steps or (
-            self.schedule.phase(step) != self.schedule.phase(step + 1))
-        if len(self.experts) < 2 or not (phase_ends or step % config.overlap_every == 0):
+        if len(self.experts) < 2 or not (self.schedule.ends_phase(step) or step % config.overlap_every == 0):
             return {}
         with gathered_adapters(self.runner.backbone.bank, self.groups, self.experts):
             sums = measure_agreement(self.runner, samples, self.experts, config.overlap_k, config.overlap_tokens,

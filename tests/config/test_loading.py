@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from copd_megatron.config.loading import load_config, load_recipe, to_json
+from copd_megatron.config.loading import apply_overrides, load_config, load_recipe, to_json
 from copd_megatron.config.reference import resolve_object
 from copd_megatron.config.run import RunConfig
 from copd_megatron.types import Edge, UserError
@@ -55,6 +55,20 @@ def test_frozen_reference_adapter_is_found_beside_the_recipe(tmp_path):
         "model=ModelConfig", 'rlvr=RlvrConfig(kl_reference="../adapter"), model=ModelConfig'
     )
     assert load_recipe(write(tmp_path, text)).rlvr.kl_reference == str(tmp_path.parent / "adapter")
+
+
+def test_frozen_teachers_are_found_beside_the_recipe_or_where_the_command_is_given(tmp_path, monkeypatch):
+    text = MINIMAL.replace(
+        "model=ModelConfig", 'exchange={"frozen_teachers": {"old": "../adapter"}}, model=ModelConfig'
+    )
+    config = load_recipe(write(tmp_path, text))
+    assert config.exchange.frozen_teachers == {"old": str(tmp_path.parent / "adapter")}
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    changed = apply_overrides(config, ["exchange.frozen_teachers.new=there", "seed=3"])
+    assert changed.exchange.frozen_teachers == {
+        "old": str(tmp_path.parent / "adapter"), "new": str(tmp_path / "here" / "there")
+    }
 
 
 def test_absolute_model_path_stays(tmp_path):
@@ -167,7 +181,7 @@ def test_edges_are_written_as_edges(tmp_path):
     config = load_recipe(write(tmp_path, MINIMAL))
     config.exchange.topology = [Edge("text", "text", beta=0.5)]
     assert json.loads(to_json(config))["exchange"]["topology"] == [
-        {"teacher": "text", "student": "text", "beta": 0.5, "signal": "sampled"}
+        {"teacher": "text", "student": "text", "beta": 0.5, "signal": "sampled", "prompts": None}
     ]
 
 

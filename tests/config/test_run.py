@@ -24,6 +24,14 @@ def run(*experts: str, **sections) -> RunConfig:
     (["evaluation.samples=2"], r"^evaluation\.samples: .*set evaluation\.greedy=false"),
     (["exchange.hub=video"], r"^exchange\.hub: 'video' is no expert; experts are \['image', 'text'\]"),
     (["experts={}"], r"^experts: empty"),
+    (['schedule.rl_steps_of={"imgae": 1}'],
+     r"^schedule\.rl_steps_of: 'imgae' is no expert; experts are text, image; nearest: image"),
+    (["schedule.enter_overlap=0.9", "schedule.leave_overlap=0.8"],
+     r"^schedule\.enter_overlap: 0\.9; at most schedule\.leave_overlap, 0\.8"),
+    (["schedule.rl_length=[3,2]"], r"^schedule\.rl_length: \[3, 2\]; the least comes first"),
+    (['exchange.frozen_teachers={"text": "/a"}'], r"^exchange\.frozen_teachers: 'text'; a name has letters"),
+    (['exchange.frozen_teachers={"backbone": "/a"}'], r"^exchange\.frozen_teachers: 'backbone'; a name"),
+    (['exchange.frozen_teachers={"a/b": "/a"}'], r"^exchange\.frozen_teachers: 'a/b'; a name"),
 ])
 def test_sections_that_do_not_fit(overrides, message):
     with pytest.raises(UserError, match=message) as caught:
@@ -36,6 +44,8 @@ def test_sections_that_do_not_fit(overrides, message):
     ["rlvr.overlong_buffer_tokens=64", "rollout.max_completion_tokens=64"],
     ["rlvr.minibatches_per_rollout=4", "rollout.prompts_per_step=4"],
     ["schedule.rl_steps=0"], ["schedule.opd_steps=0"],
+    ['schedule.rl_steps_of={"image": 0}'], ["schedule.enter_overlap=0.8", "schedule.leave_overlap=0.8"],
+    ["schedule.rl_length=[2,2]"], ['exchange.frozen_teachers={"old": "/a"}'],
     ["evaluation.samples=2", "evaluation.greedy=false"], ["exchange.hub=image"]])
 def test_their_neighbours_fit(overrides):
     apply_overrides(run(), overrides)

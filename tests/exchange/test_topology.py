@@ -3,20 +3,21 @@ import re
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copd_megatron.config.exchange import ExchangeConfig
 from copd_megatron.config.losses import OpdConfig
 from copd_megatron.config.reference import resolve_object
-from copd_megatron.exchange.topology import edges
-from copd_megatron.types import Edge, UserError
+from copd_megatron.exchange.topology import Moment, edges, prompts_of
+from copd_megatron.types import BACKBONE, Edge, UserError
 
 EXPERTS = ("text", "image", "video")
 
 
-def edges_of(topology, experts=EXPERTS, opd_step=0, hub=None, **opd):
-    config = ExchangeConfig(topology=topology, hub=hub)
+def edges_of(topology, experts=EXPERTS, opd_step=0, hub=None, frozen=None, gap_cap=0.5, **opd):
+    """``opd_step``: a number, or a ``Moment``."""
+    config = ExchangeConfig(topology=topology, hub=hub, frozen_teachers=frozen or {}, gap_cap=gap_cap)
     return edges(config, OpdConfig(**opd), experts, opd_step, resolve_object)
 
 
@@ -38,6 +39,7 @@ def test_full_ring_none():
     assert pairs_of("none") == []
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.sampled_from(["hub", "full", "ring", "none"]))
 def test_counts_and_invariants(count, topology):
     names = [f"e{number}" for number in range(count)]
@@ -83,6 +85,18 @@ def test_callable_of_a_package_outside(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("topology", "message"), [
     ("star", "exchange.topology: 'star'; allowed are hub, full, ring, none"),
+    ("expnder(3)", "'expnder(3)'; allowed are hub, full, ring, none, gossip, expander(d), adaptive(d), a list of"),
+    ("expnder(3)", "nearest: expander"), ("gosip", "nearest: gossip"),
+    ("expander", "'expander'; expander takes its number of teachers per student, 2 or more; ring has one"),
+    ("expander(1)", "2 or more; ring has one teacher each; write expander(3)"), ("expander(two)", "2 or more"),
+    ("adaptive()", "adaptive takes its number of teachers per student, 1 or more; write adaptive(3)"),
+    ("gossip(2)", "gossip takes no degree; write gossip"),
+    ([["backbone", "backbone"]], "student 'backbone'; experts are text, image, video; a frozen teacher learns nothing"),
+    ([["text", "backbone"]], "turn the edge round or drop it"),
+    ([["adapters/old", "text"]], "an adapter folder gets a name in exchange.frozen_teachers"),
+    ([["txt", "image"]], "teacher 'txt'; experts are text, image, video; nearest: text"),
+    ([{"teacher": "text", "student": "image", "prompts": "vidoe"}], "prompts 'vidoe'; experts are text, image, video; "
+     "nearest: video"),
     (7, "exchange.topology: 7; allowed are"), (None, "exchange.topology: None; allowed are"),
     ({"teacher": "text", "student": "image"}, "allowed are hub"),
     (lambda experts, opd_step: None, "exchange.topology: None; allowed are"),
@@ -106,3 +120,36 @@ def test_wrong_topologies_are_refused(topology, message):
 def test_unknown_hub():
     with pytest.raises(UserError, match="exchange.hub: 'audio'; experts are text, image, video"):
         edges_of("hub", hub="audio")
+
+
+def test_expander_by_name():
+    assert pairs_of("expander(3)") == pairs_of("full")
+    assert pairs_of(" expander( 2 ) ", experts=tuple("abcdef"))[:2] == [("c", "a"), ("f", "a")]
+    many = edges_of("expander(3)", experts=[f"e{i}" for i in range(20)], beta=0.5)
+    assert len(many) == 60 and {edge.beta for edge in many} == {0.5}
+
+
+def test_gossip_depends_on_seed_and_step():
+    def pairs(step, seed):
+        return pairs_of("gossip", tuple("abcdefg"), Moment(step, seed))
+
+    assert pairs(3, 1) == pairs(3, 1)
+    assert len({str(pairs(step, 1)) for step in range(8)}) > 4
+    assert pairs(0, 0) != pairs(0, 1) or pairs(1, 0) != pairs(1, 1)
+
+
+def test_adaptive_follows_overlaps_given_in_either_order():
+    moment = Moment(0, 0, {("image", "text"): 0.9, ("text", "video"): 0.7, ("video", "image"): 0.2})
+    assert pairs_of("adaptive(1)", opd_step=moment) == [("video", "text"), ("text", "image"), ("text", "video")]
+    assert pairs_of("adaptive(1)", opd_step=moment, gap_cap=0.9) == [
+        ("video", "text"), ("video", "image"), ("image", "video")]
+    assert pairs_of("adaptive(2)") == pairs_of("expander(2)")
+
+
+def test_frozen_teachers_teach_and_whose_prompts_are_asked():
+    found = edges_of([["old", "text"], [BACKBONE, "text"], ["image", "text"],
+                      {"teacher": "old", "student": "video", "prompts": "image"},
+                      {"teacher": "text", "student": "image", "prompts": "image"}], frozen={"old": "somewhere"})
+    assert [(e.teacher, e.student, prompts_of(e, EXPERTS)) for e in found] == [
+        ("image", "text", "image"), ("old", "text", "text"), (BACKBONE, "text", "text"), ("text", "image", "image"),
+        ("old", "video", "image")]

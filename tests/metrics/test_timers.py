@@ -26,6 +26,8 @@ def test_nested_phases_are_counted_once_and_add_up():
         clock.now += 2
     with timers("rollout"):
         clock.now += 1
+        assert timers.seconds("rollout") == 13
+    assert timers.seconds("score") == 0
     values = timers.collect()
     assert values == {"time/rollout_s": 13, "time/vision_s": 3, "time/other_s": 1, "time/step_s": 17}
     assert sum(v for k, v in values.items() if k != "time/step_s") == values["time/step_s"]

@@ -134,7 +134,7 @@ def chatty_step(config, folder):
         trainer.native.params = dataclasses.replace(trainer.native.params, stop_token_ids=stops)
         start = {n: f.clone() for n, f in adapters_of(trainer)["text"].items()}
         seen, update = [], trainer.learner.update
-        trainer.learner.update = lambda samples: (seen.extend(samples), update(samples))[1]
+        trainer.learner.update = lambda samples, *training: (seen.extend(samples), update(samples, *training))[1]
         metrics = trainer.train_step(0, "rlvr")
         samples = [(s.completion, s.weights) for s in seen]
         after = adapters_of(trainer)

@@ -17,7 +17,8 @@ from copd_megatron.trainer.trainer import Trainer
 from support.tiny_models import tiny_model
 from support.toy_tasks import LetterTask
 
-LETTERS = {"text": ("a", None), "image": ("b", "image"), "video": ("c", "video")}
+LETTERS = {"text": ("a", None), "image": ("b", "image"), "video": ("c", "video"), "audio": ("d", None),
+           "chess": ("e", None)}
 
 
 def toy_config(family: str = "qwen3_vl", experts=("text", "image", "video"), task=LetterTask, **sections) -> RunConfig:

@@ -96,9 +96,9 @@ def watch_updates(trainer) -> tuple[list, dict]:
     seen, updates = [], {e: [] for e in EXPERTS}
     update = trainer.learner.update
 
-    def remember(samples):
+    def remember(samples, training):
         seen.extend(samples)
-        return update(samples)
+        return update(samples, training)
 
     trainer.learner.update = remember
     for expert, optimizer in trainer.learner.optimizers.items():

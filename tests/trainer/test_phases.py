@@ -35,7 +35,7 @@ def spied(trainer) -> list:
     """The samples of the steps to come."""
     seen = []
     update = trainer.learner.update
-    trainer.learner.update = lambda samples: (seen.extend(samples), update(samples))[1]
+    trainer.learner.update = lambda samples, *training: (seen.extend(samples), update(samples, *training))[1]
     return seen
 
 
