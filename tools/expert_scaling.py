@@ -36,7 +36,6 @@ from copd_megatron.launch.table import format_table
 from copd_megatron.model.hf_config import read_spec
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
 from copd_megatron.parallel.layout import Layout
-from copd_megatron.parallel.placement import Placement
 from copd_megatron.simulate.cost import step_flops
 from copd_megatron.simulate.job import Job, PromptLengths
 from copd_megatron.simulate.traffic import gather, scatter
@@ -102,7 +101,7 @@ def _job(spec: BackboneSpec, options: argparse.Namespace, names: tuple[str, ...]
 
 
 def _row(job: Job, topology: str, rule: str, label: str, replicas: int) -> Row:
-    layout, placement = Layout(replicas=replicas), Placement.build(job.experts, replicas)
+    layout, placement = Layout(replicas=replicas), job.place(replicas)
     gathered = gather(job, layout, placement)
     per_replica = [step_flops(job, placement, replica) for replica in range(replicas)]
     return Row(topology, rule, label, len(job.experts), len(job.edges),

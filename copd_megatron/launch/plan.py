@@ -30,6 +30,7 @@ from copd_megatron.simulate.memory import PHASES
 from copd_megatron.simulate.ranks import rank_records, rank_table
 from copd_megatron.simulate.search import Candidate, RankKind, fullest, rank_kinds
 from copd_megatron.simulate.traffic import Traffic, chosen, traffic_by_transport
+from copd_megatron.trainer.build import place
 from copd_megatron.types import UserError
 
 FULL_TABLE_RANKS = 64
@@ -67,7 +68,7 @@ def layout_of(config: RunConfig, world_size: int) -> tuple[Layout, Placement]:
         UserError: the recipe's sizes do not divide the world size.
     """
     layout = Layout.fit(world_size, config.parallel.tensor, config.parallel.pipeline)
-    return layout, Placement.build(list(config.experts), layout.replicas)
+    return layout, place(config, layout.replicas)
 
 
 def job_of(config: RunConfig, prompt_tokens: int | None = None, completion_tokens: int | None = None) -> Job:
@@ -94,7 +95,8 @@ def job_of(config: RunConfig, prompt_tokens: int | None = None, completion_token
     return Job(spec, config.model, config.adapter, config.rollout, config.rlvr, config.opd,
                config.optimizer.microbatch_tokens, experts, tuple(links), prompts, completion,
                vision_bytes(config.model.path, spec, config.model.dtype),
-               schedule.cycles * (schedule.rl_steps + schedule.opd_steps))
+               schedule.cycles * (schedule.rl_steps + schedule.opd_steps),
+               {name: expert.weight for name, expert in config.experts.items()}, tuple(config.exchange.frozen_teachers))
 
 
 def make_plan(job: Job, layout: Layout, placement: Placement, hardware: Hardware, transport: str) -> Plan:

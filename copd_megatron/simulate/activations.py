@@ -148,7 +148,7 @@ def _working_copies(job: Job, layout: Layout, width: Width) -> int:
 
 def _topk(job: Job) -> int:
     kinds = {edge.signal for edge in job.edges}
-    return min(job.opd.topk, job.spec.vocab_size) if "topk" in kinds else 0
+    return min(job.opd.topk, job.spec.vocab_size) if kinds & {"topk", "student_topk"} else 0
 
 
 def backward_bytes(job: Job, layout: Layout, rows: Rows, width: Width) -> float:

@@ -17,10 +17,11 @@ from typing import Any
 from copd_megatron.config.losses import OpdConfig, RlvrConfig
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.config.rollout import RolloutConfig
+from copd_megatron.exchange.topology import prompts_of
 from copd_megatron.model.shared_prefix import PackRules
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.parallel.placement import Placement, split_evenly
-from copd_megatron.types import Edge
+from copd_megatron.types import BACKBONE, Edge
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class Job:
     """Weights of the vision tower; it is whole on every rank that reads visual features."""
     steps: int = 1
     """Of the whole run; how many prompts it will have seen."""
+    weights: Mapping[str, float] | None = None
+    """Expert -> its share of the work; None: all alike."""
+    frozen: tuple[str, ...] = ()
+    """Frozen teachers, which every replica holds."""
 
     @cached_property
     def memo(self) -> dict[Hashable, Any]:
@@ -98,6 +103,10 @@ class Job:
     def rules(self) -> PackRules:
         """Of packs, as the backbone makes them."""
         return PackRules(self.adapter.scope, self.adapter.first_layer, self.model.prefix_sharing)
+
+    def place(self, replicas: int) -> Placement:
+        """The experts on so many replicas, as ``trainer.build`` places them."""
+        return Placement.build(self.experts, replicas, self.weights, (*self.frozen, BACKBONE))
 
     def forced(self, domain: str) -> int:
         """Prompt tokens that every leaf starts with."""
@@ -128,7 +137,7 @@ class Job:
             return len(placement.share(expert, replica, count))
 
         native = [Group(e, e, share(e, self.rollout.prompts_per_step)) for e in hosted]
-        cross = [Group(e.student, e.teacher, share(e.student, self.cross_prompts(e)), e)
+        cross = [Group(e.student, prompts_of(e, self.experts), share(e.student, self.cross_prompts(e)), e)
                  for e in self.edges if opd and e.student in hosted]
         return [group for group in native + cross if group.count]
 

@@ -94,7 +94,7 @@ def _candidate(job: Job, world_size: int, tp: int, pp: int, cp: int, hardware: H
     try:
         layout = Layout(tp=tp, pp=pp, cp=cp, replicas=replicas)
         job.spec.check_parallel(tp, pp)
-        placement = Placement.build(job.experts, replicas)
+        placement = job.place(replicas)
     except UserError as error:
         return Candidate(tp, pp, cp, replicas, reason=str(error))
     worst = fullest(rank_kinds(job, layout, placement))

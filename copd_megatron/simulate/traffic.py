@@ -1,7 +1,7 @@
 """Bytes that one OPD step moves between replicas, by transport, as the collectives count them.
 
     scatter           cross tokens whose teacher lives elsewhere x payload per token, plus their token ids going out
-    gather_adapters   teachers' adapters to every replica that does not host them, whatever the tokens and edges
+    gather_adapters   teachers' adapters to replicas that host a student of theirs but not them, whatever the tokens
 
 A payload is what ``exchange.payload.Codec`` packs; ``full_vocabulary`` stands for float32 log-probs of the whole
 vocabulary, which nobody sends. Signals travel between last pipeline stages, on every tensor-parallel rank's own
@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import get_args
 
+from copd_megatron.exchange.answers import ROUND_BYTES
+from copd_megatron.exchange.gather import teacher_copies
 from copd_megatron.exchange.payload import Codec, Kind
-from copd_megatron.exchange.scatter import HEADER
+from copd_megatron.exchange.request import HEADER, ID_BYTES
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement, split_evenly
 from copd_megatron.simulate.job import Job
 from copd_megatron.simulate.memory import adapter_bytes
 from copd_megatron.types import Edge
 
-ID_BYTES = 8
-"""A token id, or a length, on the wire."""
 FULL_VOCABULARY = "full_vocabulary"
 GATHER = "gather_adapters"
 
@@ -68,32 +68,32 @@ def _transfers(job: Job, placement: Placement) -> Iterator[tuple[Edge, int, int,
 
 
 def scatter(job: Job, layout: Layout, placement: Placement, kind_of: Callable[[Edge], str]) -> Traffic:
-    """Traffic of transport ``scatter`` if every edge sent the kind of signal that ``kind_of`` says."""
+    """Traffic of transport ``scatter`` if every edge sent the kind of signal that ``kind_of`` says.
+
+    As ``exchange.transport`` counts: without the few integers in which peers tell each other sizes.
+    """
     received: dict[int, float] = defaultdict(float)
-    asked: dict[int, float] = defaultdict(float)
-    completions = job.rollout.group_size
+    step = 0.0
+    tokens = job.completion_tokens
     for edge, replica, host, prompts in transfers(job, placement):
         if replica != host:
-            tokens = prompts * completions * job.completion_tokens
-            received[replica] += tokens * payload_bytes(job, kind_of(edge))
-            asked[host] += prompts * completions * (HEADER + job.completion_tokens) * ID_BYTES
-    if not received:
-        return Traffic(0.0, 0.0)
-    lengths = ID_BYTES * layout.replicas
-    step = (sum(received.values()) * layout.tp + sum(asked.values()) * layout.ranks_per_replica
-            + lengths * (layout.world_size + layout.replicas * layout.tp))
-    busiest = max(received[replica] + asked[replica] for replica in {*received, *asked})
-    return Traffic(step, busiest + 2 * lengths)
+            kind, completions = kind_of(edge), prompts * job.rollout.group_size
+            asked = ID_BYTES * (HEADER + tokens)
+            ids = ID_BYTES * min(job.opd.topk, job.spec.vocab_size) * tokens if kind == "student_topk" else 0
+            answer = ROUND_BYTES + tokens * payload_bytes(job, kind)
+            received[replica] += completions * answer
+            received[host] += completions * (asked + ids)
+            step += completions * layout.tp * layout.cp * (layout.pp * asked + ids + answer)
+    return Traffic(step, max(received.values(), default=0.0))
 
 
 def gather(job: Job, layout: Layout, placement: Placement) -> Traffic:
     """Traffic of transport ``gather_adapters``."""
     by_stage = [adapter_bytes(job, layout, stage)["adapters"] for stage in range(layout.pp)]
-    hosts = [placement.replicas_of(teacher) for teacher in dict.fromkeys(edge.teacher for edge in job.edges)]
-    copies = sum(layout.replicas - len(own) for own in hosts)
-    hosted = Counter(replica for own in hosts for replica in own)
-    foreign = len(hosts) - min((hosted[replica] for replica in range(layout.replicas)), default=0)
-    return Traffic(float(copies * sum(by_stage) * layout.tp * layout.cp), float(foreign * max(by_stage)))
+    copies = teacher_copies(job.edges, placement)
+    arrivals = Counter(to for _, _, to in copies)
+    return Traffic(float(len(copies) * sum(by_stage) * layout.tp * layout.cp),
+                   float(max(arrivals.values(), default=0) * max(by_stage)))
 
 
 def traffic_by_transport(job: Job, layout: Layout, placement: Placement) -> dict[str, Traffic]:

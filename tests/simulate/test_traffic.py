@@ -8,7 +8,7 @@ import pytest
 from copd_megatron.config.losses import OpdConfig, RlvrConfig
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.config.rollout import RolloutConfig
-from copd_megatron.exchange.scatter import HEADER
+from copd_megatron.exchange.request import HEADER
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.simulate.job import Job, PromptLengths
@@ -49,10 +49,10 @@ def test_scatter_counts_token_ids_out_and_signals_back():
     layout, placement = Layout(tp=2, replicas=2), Placement(("a", "b", "c"), 2, ((0,), (1,), (1,)))
     tokens, completions = 7 * 2 * 5, 7 * 2
     payload = 4 + 4 * 4 + 4 * 4 + 4  # log-prob, ids, log-probs, tail
-    lengths = 8 * 2 * (4 + 4)  # two integers per rank for the ids, as many on last stages for the signals
+    rounds = 4 * completions
     traffic = scatter(job, layout, placement, kind_of)
-    assert traffic.step_bytes == 2 * tokens * payload + 2 * completions * (HEADER + 5) * 8 + lengths
-    assert traffic.rank_bytes == tokens * payload + 2 * 2 * 8
+    assert traffic.step_bytes == 2 * (tokens * payload + rounds + completions * (HEADER + 5) * 4)
+    assert traffic.rank_bytes == tokens * payload + rounds
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 5, 8])
@@ -69,8 +69,8 @@ def test_gather_depends_on_adapters_and_replicas_only():
     job, layout = make_job(), Layout(replicas=3)
     placement = Placement.build(job.experts, 3)
     one = adapter_bytes(job, layout, 0)["adapters"]
-    assert gather(job, layout, placement).step_bytes == 2 * 2 * one  # two teachers, each to the two others
-    assert gather(job, layout, placement).rank_bytes == 2 * one
+    assert gather(job, layout, placement).step_bytes == 3 * one  # a to b and c, b to a
+    assert gather(job, layout, placement).rank_bytes == one
     assert gather(replace(job, completion_tokens=500), layout, placement) == gather(job, layout, placement)
 
 
