@@ -55,12 +55,12 @@ class NoisyTask(LetterTask):
         return parts | {"accuracy": parts["accuracy"] * random.uniform(0.5, 1.0)}
 
 
-def make_config(layout: str) -> RunConfig:
-    """Three RLVR and three OPD steps of two experts, saved after each."""
+def make_config(layout: str, steps: int) -> RunConfig:
+    """Two experts; one half of the steps RLVR, the other OPD, saved after each."""
     return toy_config("qwen3", ("text", "image"), task=NoisyTask, parallel=LAYOUTS[layout],
                       model={"path": str(tiny_model("qwen3", num_hidden_layers=2)), "dtype": "float32"},
                       rollout={"prompts_per_step": 2, "group_size": 2, "max_completion_tokens": 3},
-                      schedule={"rl_steps": STEPS // 2, "opd_steps": STEPS // 2},
+                      schedule={"rl_steps": steps // 2, "opd_steps": steps // 2},
                       checkpoint={"every": 1, "keep_last": 2, "export_merged": False},
                       evaluation={"final_prompts": 1}, metrics={"overlap_tokens": 3})
 
@@ -78,11 +78,11 @@ def train(config: RunConfig, folder: Path, resume: bool) -> Adapters:
 class Killer:
     """Kills one rank of a run; says afterwards when and what it hit."""
 
-    def __init__(self, checkpoints: Path, rng: random.Random, at_save: bool, duration_s: float):
+    def __init__(self, checkpoints: Path, rng: random.Random, at_save: bool, steps: int, duration_s: float):
         self.checkpoints, self.rng, self.at_save = checkpoints, rng, at_save
         self.rank = rng.randrange(2)
         self.delay_s = rng.uniform(0.0, SAVE_S if at_save else duration_s)
-        self.save = rng.randrange(1, STEPS)
+        self.save = rng.randrange(1, steps)
         self.report: dict[str, Any] | None = None
 
     def __call__(self, ranks: Sequence[BaseProcess]) -> None:
@@ -126,8 +126,9 @@ def one_trial(config: RunConfig, folder: Path, want: Adapters, make_killer: Call
     if not whole:
         shutil.rmtree(folder, ignore_errors=True)
     final = run_ranks(2, train, config, folder, bool(whole))[0]
+    steps_recorded = _steps(folder) == list(range(1, 2 * config.schedule.rl_steps + 1))
     return {**killer.report, "found": left, "resumed_from_step": whole[0][0] if whole else 0,
-            "equal": same_bits(final, want), "every_step_recorded_once": _steps(folder) == list(range(1, STEPS + 1))}
+            "equal": same_bits(final, want), "every_step_recorded_once": steps_recorded}
 
 
 def same_bits(one: Adapters, other: Adapters) -> bool:
@@ -141,26 +142,27 @@ def _steps(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def study(times: int, seed: int, layouts: Sequence[str], say: Callable[[str], None] = print) -> dict[str, Any]:
+def study(times: int, seed: int, layouts: Sequence[str], steps: int = STEPS,
+          say: Callable[[str], None] = print) -> dict[str, Any]:
     """Kill ``times`` runs, every second one during a save, layouts in turn; the table of what happened."""
     rng, trials, truth = random.Random(seed), [], {}
     with tempfile.TemporaryDirectory(prefix="kill_study") as scratch:
         for number in range(times):
             layout = layouts[number % len(layouts)]
-            config = make_config(layout)
+            config = make_config(layout, steps)
             if layout not in truth:
                 start = time.monotonic()
                 truth[layout] = run_ranks(2, train, config, Path(scratch) / layout, False)[0], time.monotonic() - start
             want, duration_s = truth[layout]
             folder = Path(scratch) / f"killed_{number}"
             trial = one_trial(config, folder, want, lambda: Killer(
-                folder / "checkpoints", rng, number % 2 == 1, duration_s))  # noqa: B023 - used within the turn
+                folder / "checkpoints", rng, number % 2 == 1, steps, duration_s))  # noqa: B023 - used within the turn
             trials.append({"layout": layout, **trial})
             shutil.rmtree(folder)
             say(f"{number + 1:3d}/{times} {layout}: rank {trial['rank']} killed after {trial['after_s']:.2f} s"
                 f"{' during a save' if trial['during_a_save'] else ''}, resumed from step "
                 f"{trial['resumed_from_step']}: {'equal' if trial['equal'] else 'DIFFERENT'}")
-    return {"steps": STEPS, "ranks": 2, "seed": seed, "killed": len(trials),
+    return {"steps": steps, "ranks": 2, "seed": seed, "killed": len(trials),
             "during_a_save": sum(trial["during_a_save"] for trial in trials),
             "equal": sum(trial["equal"] and trial["every_step_recorded_once"] for trial in trials), "trials": trials}
 

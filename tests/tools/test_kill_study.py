@@ -21,7 +21,7 @@ def study():
 
 
 def test_three_kills_change_nothing(study):
-    result = study.study(3, seed=1, layouts=["replicas"])
+    result = study.study(3, seed=1, layouts=["replicas"], steps=4)
     assert result["equal"] == result["killed"] == 3, result["trials"]
 
 
