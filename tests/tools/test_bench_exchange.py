@@ -7,12 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from copd_megatron.exchange.payload import Codec
+from copd_megatron.parallel.groups import shutdown_distributed
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench_exchange.py"
 SMALL = ["--vocabulary", "600", "--topk", "4", "--tokens", "200", "--hidden", "8", "--rank", "2", "--repeats", "1",
          "--ranks", "2"]
+
+
+@pytest.fixture(autouse=True)
+def no_world():
+    """The tool forks its ranks, which must not inherit a process group that another test left."""
+    parallel_state.destroy_model_parallel()
+    shutdown_distributed()
 
 
 @pytest.fixture(scope="module")

@@ -78,9 +78,9 @@ def test_spokes_never_score_each_other(tmp_path, monkeypatch):
     asked = []
     begin = scoring.Exchange.open.__func__
 
-    def remember(cls, requests, groups):
+    def remember(cls, requests, *others):
         asked.extend(requests)
-        return begin(cls, requests, groups)
+        return begin(cls, requests, *others)
 
     monkeypatch.setattr(scoring.Exchange, "open", classmethod(remember))
     with toy_trainer(toy_config(schedule={"rl_steps": 0}, metrics={"rollouts": False}), tmp_path) as trainer:
