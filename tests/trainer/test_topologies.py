@@ -64,7 +64,8 @@ def test_several_ranks_equal_one(case, frozen, tmp_path):
                 torch.testing.assert_close(got["adapters"][expert][name], factor, rtol=0, atol=1e-8,
                                            msg=f"{expert} {name}")
         for step, (own, expected) in enumerate(zip(got["metrics"], want["metrics"])):
-            assert own.keys() == expected.keys()
+            # One replica exchanges nothing, so it has no bytes to count.
+            assert {name for name in own if not name.startswith("exchange/")} == expected.keys()
             for name, value in expected.items():
                 if name.startswith(("edge/", "pair/")) or name.endswith(("/tokens", "/length", "/reward")):
                     assert own[name] == pytest.approx(value, rel=1e-6, abs=1e-9), (step, name)
