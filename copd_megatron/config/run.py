@@ -94,6 +94,10 @@ class RunConfig(Section):
             yield name not in self.experts, (
                 f"schedule.rl_steps_of: {name!r} is no expert; experts are {', '.join(self.experts)}; "
                 + (f"nearest: {near[0]}" if near else "correct it"))
+        yield (schedule.kind == "adaptive" and not any(schedule.rl_steps_of.get(e, schedule.rl_steps)
+                                                       for e in self.experts),
+               "schedule.rl_steps: 0 with schedule.kind=adaptive, which begins with RLVR; 1 or more; raise it, or take "
+               "schedule.kind=fixed")
         yield schedule.enter_overlap > schedule.leave_overlap, (
             f"schedule.enter_overlap: {schedule.enter_overlap}; at most schedule.leave_overlap, "
             f"{schedule.leave_overlap}, or the phases would never rest; lower it")

@@ -68,9 +68,9 @@ def adaptive(count: int, degree: int, gaps: Gaps, cap: float) -> Arrows:
 
     Who is near has nothing to teach, who is too far is not understood. A student with nobody within the cap
     takes the nearest, so that nobody drifts away alone; one whose gaps are unknown has its teachers of
-    ``expander``. Of equal gaps the lower number wins.
+    ``expander`` (``ring`` for degree 1). Of equal gaps the lower number wins.
     """
-    fallback = expander(count, degree)
+    fallback = expander(count, degree) if degree > 1 else ring(count)
     arrows: Arrows = []
     for student in range(count):
         known = {t: gaps[pair] for t in range(count) if (pair := (min(t, student), max(t, student))) in gaps}

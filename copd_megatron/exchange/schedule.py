@@ -174,8 +174,8 @@ class Schedule:
         if not self.config.rl_steps_of:
             return step
         number, offset = divmod(step, self.cycle)
-        rested = sum(s < offset for s in self._state.slots[expert])
-        return number * (self._counts[expert] + self.config.opd_steps) + rested + max(0, offset - self._longest)
+        alone = sum(place < offset for place in self._state.slots.get(expert, ()))  # no slots: a cycle without RLVR
+        return number * (self._counts[expert] + self.config.opd_steps) + alone + max(0, offset - self._longest)
 
     def length_of(self, expert: str, default: float) -> float:
         """Mean completion length of an expert when it last trained, in tokens; ``default`` before that."""

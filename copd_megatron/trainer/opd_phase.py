@@ -65,6 +65,7 @@ class CrossBatch:
                  native: NativeBatch, params: SamplingParams):
         self.source, self.groups, self.rollout, self.opd, self.params = source, groups, rollout, opd, params
         self.native = native
+        self._shares: tuple[Sequence[Edge], dict[tuple[str, str], CrossShare]] = ((), {})
 
     def shares(self, edges: Sequence[Edge], student: str) -> list[CrossShare]:
         """Which prompts each edge of a student asks; the same on every rank."""
@@ -89,7 +90,10 @@ class CrossBatch:
 
     def prompt(self, edges: Sequence[Edge], teacher: str, student: str, step: int, slot: int) -> Prompt:
         """Prompt ``slot`` of an edge in this step; any rank can make it."""
-        share = next(s for s in self.shares(edges, student) if s.edge.teacher == teacher)
+        if self._shares[0] is not edges:  # a step asks thousands of times about the same edges
+            students = dict.fromkeys(edge.student for edge in edges)
+            self._shares = edges, {(s.edge.teacher, own): s for own in students for s in self.shares(edges, own)}
+        share = self._shares[1][teacher, student]
         return self.source.train(share.domain, self._position(share, step, slot))
 
     def _position(self, share: CrossShare, step: int, slot: int) -> int:

@@ -32,7 +32,7 @@ class Shares:
             prompts: (domain, position in its training stream), the same on all replicas of the expert.
         """
         hosts = self.groups.placement.replicas_of(expert)
-        if len(hosts) == 1:
+        if len(hosts) == 1 or not prompts:
             return list(range(len(prompts)))
         part = split_evenly(len(prompts), len(hosts))[hosts.index(self.groups.coords.replica)]
         mine = [len(self.source.train(*prompts[i]).token_ids) for i in part]

@@ -28,6 +28,7 @@ def run(*experts: str, **sections) -> RunConfig:
      r"^schedule\.rl_steps_of: 'imgae' is no expert; experts are text, image; nearest: image"),
     (["schedule.enter_overlap=0.9", "schedule.leave_overlap=0.8"],
      r"^schedule\.enter_overlap: 0\.9; at most schedule\.leave_overlap, 0\.8"),
+    (["schedule.kind=adaptive", "schedule.rl_steps=0"], r"^schedule\.rl_steps: 0 with schedule\.kind=adaptive"),
     (["schedule.rl_length=[3,2]"], r"^schedule\.rl_length: \[3, 2\]; the least comes first"),
     (['exchange.frozen_teachers={"text": "/a"}'], r"^exchange\.frozen_teachers: 'text'; a name has letters"),
     (['exchange.frozen_teachers={"backbone": "/a"}'], r"^exchange\.frozen_teachers: 'backbone'; a name"),

@@ -15,6 +15,7 @@ from copd_megatron.trainer.evaluate import evaluate_run
 from copd_megatron.trainer.evaluator import BASE, Answers, effective_count, paired_bootstrap
 from copd_megatron.trainer.merge import MERGED
 from copd_megatron.trainer.scoring import REFERENCE
+from copd_megatron.types import BACKBONE
 from support.toy_run import randomise, toy_config, toy_trainer
 from support.toy_tasks import LetterTask
 
@@ -191,4 +192,4 @@ def test_paired_bootstrap():
 
 
 def test_experts_may_not_be_called_like_other_policies_and_metrics():
-    assert RESERVED_NAMES == RESERVED | {BASE, MERGED, REFERENCE}
+    assert RESERVED_NAMES == RESERVED | {BASE, MERGED, REFERENCE, BACKBONE}

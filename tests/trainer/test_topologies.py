@@ -1,6 +1,4 @@
 """Every topology, schedule and placement trains the same experts on one rank and on several, and after a resume."""
-import shutil
-
 import pytest
 import torch
 
@@ -28,7 +26,7 @@ ADAPTIVE = {"exchange": {"topology": "adaptive(1)"},
 CASES = {
     "expander, weighted co-hosting": (3, 5, True, {"exchange": {"topology": "expander(2)"}}),
     "gossip, weighted blocks, an uneven number": (4, 3, True, {
-        "exchange": {"topology": "gossip"}, "schedule": {"rl_steps": 0, "opd_steps": 2}}),
+        "exchange": {"topology": "gossip"}, "schedule": {"rl_steps": 0, "opd_steps": 1}}),
     "frozen teachers": (3, 2, True, {
         "exchange": {"topology": [["old", "text"], ["backbone", "image"], ["text", "image"]]},
         "opd": {"signal": "topk", "topk": 6}, "rollout": {"prompts_per_step": 5, "group_size": 2}}),
@@ -66,7 +64,8 @@ def test_several_ranks_equal_one(case, frozen, tmp_path):
                 torch.testing.assert_close(got["adapters"][expert][name], factor, rtol=0, atol=1e-8,
                                            msg=f"{expert} {name}")
         for step, (own, expected) in enumerate(zip(got["metrics"], want["metrics"])):
-            assert own.keys() == expected.keys()
+            # One replica exchanges nothing, so it has no bytes to count.
+            assert {name for name in own if not name.startswith("exchange/")} == expected.keys()
             for name, value in expected.items():
                 if name.startswith(("edge/", "pair/")) or name.endswith(("/tokens", "/length", "/reward")):
                     assert own[name] == pytest.approx(value, rel=1e-6, abs=1e-9), (step, name)
@@ -111,17 +110,18 @@ CHECKS = {"expander, weighted co-hosting": check_expander, "gossip, weighted blo
 
 
 def test_an_adaptive_run_resumes_where_it_was(tmp_path):
-    config = make_config(3, **ADAPTIVE, checkpoint={"every": 3, "export_merged": False},
-                         evaluation={"final_prompts": 1})
+    config = make_config(3, **ADAPTIVE, checkpoint={"every": 3})
 
-    def train(folder, resume=False):
-        with toy_trainer(config, folder, resume) as trainer:
-            trainer.run()
+    def train(resume=False):
+        with toy_trainer(config, tmp_path, resume) as trainer, trainer.milestones:
+            assert trainer.step == (3 if resume else 0)
+            for step in range(trainer.step, 5):
+                phase = trainer.schedule.phase(step)
+                trainer.milestones.after_step(step + 1, phase, trainer.train_step(step, phase))
             return adapters_of(trainer), trainer.schedule.state()
 
-    want, state = train(tmp_path / "run")
+    want, state = train()
     assert state["step"] == 5 and 0 < state["opd_steps"] < 5 and state["overlaps"]
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000005")
-    got, again = train(tmp_path / "run", resume=True)
+    got, again = train(resume=True)
     assert again == state
     assert all(torch.equal(factor, got[e][name]) for e, own in want.items() for name, factor in own.items())
