@@ -26,7 +26,7 @@ CASES = [("plain", layout) for layout in LAYOUTS] + [
 
 def _config(variant: str, tp: int, pp: int):
     sections = dict(VARIANTS[variant])
-    recompute = {"model": {"recompute": True}} if "recompute" in variant and pp > 1 else {}
+    recompute = {"model": {"recompute": "full"}} if "recompute" in variant and pp > 1 else {}
     return toy_config(**sections, **recompute, parallel={"tensor": tp, "pipeline": pp})
 
 
