@@ -115,8 +115,9 @@ def place(spans: dict[tuple, Span], prompts: Sequence[Prompt], device: torch.dev
     context = np.concatenate([layout.of_context(cut) for cut in layout.parts])
     mine = source[layout.mine()]
     visual_index = np.flatnonzero(mine >= 0)
-    level = Level(sum(map(len, rows.values())), to_tensor([token_ids[layout.by_sequence()]], device),
-                  torch.from_numpy(np.ascontiguousarray(positions[:, context])).to(device), to_tensor([visual_index], device),
+    position_ids = torch.from_numpy(np.ascontiguousarray(positions[:, context])).to(device)
+    level = Level(sum(map(len, rows.values())), to_tensor([token_ids[layout.by_sequence()]], device), position_ids,
+                  to_tensor([visual_index], device),
                   to_tensor([mine[visual_index]], device), parts, layout)
     return level, rows
 

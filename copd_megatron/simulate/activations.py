@@ -10,8 +10,8 @@ norms' wide type):
     attention   q Q b, k K b, out Q b, log-sum-exp heads x 4, and v as a view of the fused qkv: (Q + 2 K) b
     SwiGLU      fused gate and up 2 F b, silu(gate) F b, up + 0 F b (Megatron adds an offset of 0)
 
-With ``model.recompute=full`` a layer saves its input, H b, and one layer at a time is as above. A layer whose input needs
-no gradient (the first adapted one) saves less. Where scope is ``completion``, trunks keep k and the fused qkv for the
+With ``model.recompute=full`` a layer saves its input, H b, and one layer at a time is as above; ``selective`` is counted
+as if it saved nothing. A layer whose input needs no gradient (the first adapted one) saves less. Where scope is ``completion``, trunks keep k and the fused qkv for the
 leaves' backward. Counted for prefix sharing; naive packs in scope ``completion`` copy some rows besides.
 """
 from __future__ import annotations
@@ -154,8 +154,8 @@ def _topk(job: Job) -> int:
 def backward_bytes(job: Job, layout: Layout, rows: Rows, width: Width) -> float:
     """What the backward makes on the way, at its fullest: where it begins, in the last layer's SwiGLU.
 
-    Later each layer frees more than its gradients need. With ``model.recompute=full`` also all that one layer saves when
-    it is recomputed.
+    Later each layer frees more than its gradients need. With ``model.recompute=full`` also all that one layer saves
+    when it is recomputed.
     """
     grad_rows, _ = _differentiated(job, rows)
     total = grad_rows * (2 * width.hidden + 2 * width.ffn) * width.item

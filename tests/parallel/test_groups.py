@@ -35,8 +35,8 @@ def members(tp, pp, cp, experts):
     return found, ends
 
 
-@pytest.mark.parametrize(("world", "tp", "pp", "cp"),
-                         [(1, 1, 1, 1), (2, 1, 1, 1), (4, 1, 1, 1), (4, 1, 2, 1), (8, 2, 2, 1), (8, 2, 1, 2), (4, 1, 2, 2)])
+@pytest.mark.parametrize(("world", "tp", "pp", "cp"), [
+    (1, 1, 1, 1), (2, 1, 1, 1), (4, 1, 1, 1), (4, 1, 2, 1), (8, 2, 2, 1), (8, 2, 1, 2), (4, 1, 2, 2)])
 def test_members_are_those_of_layout_and_placement(world, tp, pp, cp):
     layout = Layout.fit(world, tp, pp, cp)
     placement = Placement.build(EXPERTS, layout.replicas)

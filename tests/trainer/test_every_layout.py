@@ -1,8 +1,8 @@
 """Every layout trains the very same experts as one rank (float64).
 
 On replayed rollouts an OPD step (native and cross batches) has the same gradients within 1e-9, the same adapters
-within 1e-8 and the same metrics. Runs that sample freely, from images and videos, give identical tokens. Ranks are forked
-once per world size and walk through its layouts.
+within 1e-8 and the same metrics. Runs that sample freely, from images and videos, give identical tokens. Ranks are
+forked once per world size and walk through its layouts.
 """
 import functools
 
