@@ -23,12 +23,12 @@ COMPLETION = {"scope": "completion", "first_layer": 1}
 VARIANTS = {
     "sequence": {},
     "sequence, split, selective, minibatches, topk": {
-        "optimizer": {"microbatch_tokens": 60}, "adapter": {"first_layer": 2}, "model": {"recompute": "selective"},
+        "optimizer": {"microbatch_tokens": 44}, "adapter": {"first_layer": 2}, "model": {"recompute": "selective"},
         "rlvr": {"minibatches_per_rollout": 2}, "opd": {"signal": "topk", "topk": 8}},
-    "sequence, split, full": {"optimizer": {"microbatch_tokens": 60}, "model": {"recompute": "full"}},
+    "sequence, split, full": {"optimizer": {"microbatch_tokens": 44}, "model": {"recompute": "full"}},
     "completion, full": {"adapter": COMPLETION, "model": {"recompute": "full"}},
     "completion, split, full vocabulary": {
-        "optimizer": {"microbatch_tokens": 22}, "adapter": COMPLETION, "opd": {"signal": "full"}},
+        "optimizer": {"microbatch_tokens": 36}, "adapter": COMPLETION, "opd": {"signal": "full"}},
     "naive": {"model": {"prefix_sharing": False, "attention": "reference"}, "adapter": {"scope": "completion"}},
 }
 S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, NAIVE = VARIANTS
@@ -45,7 +45,7 @@ LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is l
     8: [({"tensor": 2, "pipeline": 2, "context": 2, "sequence_parallel": True}, S_FULL),
         ({"tensor": 2, "pipeline": 2, "context": 2}, C_FULL), ({"context": 8}, S),
         ({"tensor": 2, "context": 2, "sequence_parallel": True}, C_FULL), ({"pipeline": 2, "context": 2}, C_SPLIT),
-        ({"tensor": 2, "pipeline": 2}, SELECTIVE), ({"tensor": 2}, S)],
+        ({"tensor": 2, "pipeline": 2}, SELECTIVE)],
 }
 CASES = [(world, number) for world, layouts in LAYOUTS.items() for number in range(len(layouts))]
 
