@@ -23,8 +23,9 @@ class ModelConfig(Section):
     log-sum-exp over torch's fused kernels; ``auto`` is flash."""
     head_chunk_tokens: int = Field(2048, ge=1)
     """Tokens whose logits exist at one time in losses over the vocabulary."""
-    recompute: bool = False
-    """Recompute each transformer layer in the backward (full activation recomputation)."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward computes again instead of keeping it: ``selective`` norms, activations, attention and gathered
+    keys (little work, most of the memory), ``full`` each transformer layer."""
 
 
 class AdapterConfig(Section):

@@ -1,4 +1,4 @@
-"""How ranks are laid out: world size = replicas x tensor x pipeline."""
+"""How ranks are laid out: world size = replicas x tensor x pipeline x context."""
 from typing import Literal
 
 from pydantic import Field
@@ -12,7 +12,17 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1)
     """Tensor-parallel size (TP)."""
     pipeline: int = Field(1, ge=1)
-    """Pipeline-parallel size (PP)."""
+    """Pipeline-parallel size (PP): stages of neighbouring layers, one-forward-one-backward."""
+    context: int = Field(1, ge=1)
+    """Context-parallel size (CP): the rows of every microbatch are split over so many ranks, which gather keys and
+    values. Rollout splits prompts over them instead."""
+    sequence_parallel: bool = False
+    """Split rows over the TP ranks between linears too (Korthikanti et al. 2022, arXiv:2205.05198): less memory for
+    activations at equal communication. Needs tensor > 1."""
+    moe_expert: int = Field(1, ge=1)
+    """Ranks that MoE experts are spread over (EP), within a replica; 1 for backbones without MoE layers."""
+    moe_expert_tensor: int = Field(1, ge=1)
+    """Tensor-parallel size of MoE experts (ETP); moe_expert x moe_expert_tensor = tensor x context."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """torch.distributed backend; auto is NCCL on CUDA and gloo on a CPU."""
     debug_checks: bool = False

@@ -113,13 +113,15 @@ def _annotation_text(annotation: Any) -> str:
 def nearest(path: str, known: Sequence[str]) -> str:
     """The entry of ``known`` that somebody who wrote ``path`` most likely meant.
 
-    The last part of the path counts most: ``lr`` finds ``optimizer.lr``, ``rollout.lr`` too.
+    The last part of the path counts most: ``lr`` finds ``optimizer.lr``, ``rollout.lr`` too, and a key with more
+    words than the entry's is taken for the entry.
     """
     leaf = path.rpartition(".")[2]
 
     def likeness(candidate: str) -> float:
         return (
             SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio()
+            + 0.5 * leaf.startswith(candidate.rpartition(".")[2] + "_")
             + 0.5 * SequenceMatcher(None, path, candidate).ratio()
         )
 

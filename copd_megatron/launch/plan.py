@@ -67,7 +67,7 @@ def layout_of(config: RunConfig, world_size: int) -> tuple[Layout, Placement]:
     Raises:
         UserError: the recipe's sizes do not divide the world size.
     """
-    layout = Layout.fit(world_size, config.parallel.tensor, config.parallel.pipeline)
+    layout = Layout.of(config.parallel, world_size)
     return layout, place(config, layout.replicas)
 
 

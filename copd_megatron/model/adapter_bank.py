@@ -27,6 +27,15 @@ class Routing:
     """Which rows of the stream in flight belong to which expert; set by the backbone per layer call."""
 
     current: Sequence[tuple[str, Tensor | slice]] = ()
+    """Of the rows inside attention and MLP."""
+    shard: Sequence[tuple[str, Tensor | slice]] | None = None
+    """Of this rank's rows between them, the same experts in the same order; None: all rows are on every
+    tensor-parallel rank there too (no sequence parallelism)."""
+
+    def set(self, current: Sequence[tuple[str, Tensor | slice]],
+            shard: Sequence[tuple[str, Tensor | slice]] | None = None) -> None:
+        """Before a layer is called."""
+        self.current, self.shard = current, shard
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,24 @@ Column-parallel: h = A x is computed whole on every rank (A replicated), B is sh
 backward of copy-to-TP sums dh over the ranks, so the gradient of A is complete everywhere.
 Row-parallel: A is sharded like W's columns, h is summed over TP, B is replicated and added after the
 base's own reduction, so the gradient of B is complete everywhere.
+Sequence parallelism (each rank has a share of the rows between linears): column-parallel, h is computed on the rank's
+own rows and gathered, its backward reduce-scatters dh, and A's gradient is a part that the optimizer sums over TP;
+row-parallel, h is reduce-scattered, B acts on the rank's own rows, and B's gradient is such a part. One collective
+of [rows, r] per linear, whatever the number of experts.
 A fused linear keeps its parts' own A and B (q, k, v; gate, up), as PEFT does, so exports are lossless.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
 
@@ -38,26 +45,70 @@ class _Adapted:
 
     def add_adapters(self, x: Tensor, y: Tensor) -> Tensor:
         """y [T, 1, out] plus each routed expert's delta on its rows of x [T, 1, in]."""
-        slices = []
-        for expert, rows in self.routing.current:
-            factors = self.lora.get(expert)
-            if factors and isinstance(rows, slice):
-                slices.append((rows.start, rows, factors))
-            elif factors:
-                y = y.index_add(0, rows, self.delta(x.index_select(0, rows), factors))
-        pieces, done = [], 0
-        for start, rows, factors in sorted(slices, key=lambda entry: entry[0]):
-            # One concatenation at the end instead of a copy of y per expert.
-            pieces += [y[done:start], y[rows] + self.delta(x[rows], factors)]
-            done = rows.stop
-        if not pieces:
+        if self.routing.shard is not None:
+            return self._add_shared_out(x, y)
+        return _added(y, [(rows, self.delta(_rows(x, rows), self.lora[expert]))
+                          for expert, rows in self.routing.current if self.lora.get(expert)])
+
+    def _add_shared_out(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same under sequence parallelism; x and y have the rows of the base's input and output.
+
+        Every rank calls the collective of every linear, in forward and backward, even without adapted rows.
+        """
+        inner, outer = self.routes()
+        entering = [(rows, self.lora[expert]) for expert, rows in inner if self.lora.get(expert)]
+        if not entering:
             return y
-        pieces = [p for p in [*pieces, y[done:]] if len(p)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        downs = [(rows, self.down(_rows(x, rows), factors)) for rows, factors in entering]
+        width = max(down.shape[-1] for _, down in downs)
+        h = x.new_zeros(*x.shape[:-1], width)
+        h = self.exchange(_added(h, [(rows, F.pad(down, (0, width - down.shape[-1]))) for rows, down in downs]))
+        leaving = [(rows, self.lora[expert], down.shape[-1])
+                   for (expert, rows), (_, down) in zip([r for r in outer if self.lora.get(r[0])], downs)]
+        return _added(y, [(rows, self.up(_rows(h, rows)[..., :own], factors)) for rows, factors, own in leaving])
+
+    def routes(self) -> tuple[Sequence, Sequence]:
+        """Under sequence parallelism: the routes of the base's input rows and of its output rows."""
+        raise NotImplementedError
+
+    def exchange(self, h: Tensor) -> Tensor:
+        """Under sequence parallelism: h of the input's rows -> h of the output's rows."""
+        raise NotImplementedError
+
+    def down(self, x: Tensor, factors: Mapping[str, LoraFactors]) -> Tensor:
+        """A x of all parts side by side, for rows x."""
+        raise NotImplementedError
+
+    def up(self, h: Tensor, factors: Mapping[str, LoraFactors]) -> Tensor:
+        """B h of all parts in the layout of the base's output."""
+        raise NotImplementedError
 
     def delta(self, x: Tensor, factors: Mapping[str, LoraFactors]) -> Tensor:
         """The adapter's output for rows x, in the layout of the base's output."""
         raise NotImplementedError
+
+
+def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def _added(y: Tensor, updates: Sequence[tuple[Tensor | slice, Tensor]]) -> Tensor:
+    """y with each update added to its rows; updates of different slices do not overlap."""
+    slices = []
+    for rows, update in updates:
+        if isinstance(rows, slice):
+            slices.append((rows.start, rows, update))
+        else:
+            y = y.index_add(0, rows, update)
+    pieces, done = [], 0
+    for start, rows, update in sorted(slices, key=lambda entry: entry[0]):
+        # One concatenation at the end instead of a copy of y per expert.
+        pieces += [y[done:start], y[rows] + update]
+        done = rows.stop
+    if not pieces:
+        return y
+    pieces = [p for p in [*pieces, y[done:]] if len(p)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 class AdapterColumnLinear(_Adapted, ColumnParallelLinear):
@@ -68,18 +119,34 @@ class AdapterColumnLinear(_Adapted, ColumnParallelLinear):
 
     def forward(self, x, *args, **kwargs):
         """As the base class; adapters are added to the output before it is returned."""
+        self.sequence_parallel = self.routing.shard is not None
         y, bias = super().forward(x, *args, **kwargs)
         return (self.add_adapters(x, y) if self.routing.current else y), bias
 
-    def delta(self, x, factors):
+    def routes(self):
+        """Own rows in, all rows out."""
+        return self.routing.shard, self.routing.current
+
+    def exchange(self, h):
+        """Gather rows; the backward sums what the shards of B give."""
+        return gather_from_sequence_parallel_region(h, tensor_parallel_output_grad=True, group=self.tp_group)
+
+    def down(self, x, factors):
+        """[T, 1, sum of ranks]."""
+        stacked = torch.cat([factors[p].A for p in self.parts if p in factors]).to(x.dtype)
+        return x @ stacked.T
+
+    def up(self, h, factors):
         """[T, 1, out / tp]."""
         present = [p for p in self.parts if p in factors]
-        stacked = torch.cat([factors[p].A for p in present]).to(x.dtype)
-        h = copy_to_tensor_model_parallel_region(x @ stacked.T, group=self.tp_group)
         hidden = dict(zip(present, h.split([factors[p].A.shape[0] for p in present], -1)))
-        out = [(hidden[p] * factors[p].scaling) @ factors[p].B.to(x.dtype).T if p in hidden
-               else x.new_zeros(*x.shape[:-1], self.widths[i]) for i, p in enumerate(self.parts)]
+        out = [(hidden[p] * factors[p].scaling) @ factors[p].B.to(h.dtype).T if p in hidden
+               else h.new_zeros(*h.shape[:-1], self.widths[i]) for i, p in enumerate(self.parts)]
         return self.arrange(out)
+
+    def delta(self, x, factors):
+        """[T, 1, out / tp]."""
+        return self.up(copy_to_tensor_model_parallel_region(self.down(x, factors), group=self.tp_group), factors)
 
 
 class AdapterQKVLinear(AdapterColumnLinear):
@@ -114,11 +181,27 @@ class AdapterRowLinear(_Adapted, RowParallelLinear):
 
     def forward(self, x):
         """As the base class; adapters are added after the base's reduction over TP."""
+        self.sequence_parallel = self.routing.shard is not None
         y, bias = super().forward(x)
         return (self.add_adapters(x, y) if self.routing.current else y), bias
 
-    def delta(self, x, factors):
+    def routes(self):
+        """All rows in, own rows out."""
+        return self.routing.current, self.routing.shard
+
+    def exchange(self, h):
+        """Sum what the shards of A give, each rank for its rows; the backward gathers."""
+        return reduce_scatter_to_sequence_parallel_region(h, group=self.tp_group)
+
+    def down(self, x, factors):
+        """[T, 1, r], this shard's share of the sum."""
+        return x @ factors[self.parts[0]].A.to(x.dtype).T
+
+    def up(self, h, factors):
         """[T, 1, out]."""
         lora = factors[self.parts[0]]
-        h = reduce_from_tensor_model_parallel_region(x @ lora.A.to(x.dtype).T, group=self.tp_group)
-        return (h * lora.scaling) @ lora.B.to(x.dtype).T
+        return (h * lora.scaling) @ lora.B.to(h.dtype).T
+
+    def delta(self, x, factors):
+        """[T, 1, out]."""
+        return self.up(reduce_from_tensor_model_parallel_region(self.down(x, factors), group=self.tp_group), factors)

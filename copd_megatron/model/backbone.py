@@ -6,6 +6,10 @@ stage) or as the previous stage's output, changes from the lower to the upper le
 as the final-normed hidden states that predict completion tokens.
 
 Nothing below ``first_layer`` is differentiated, and trunks that no adapter touches are not either.
+
+Under context and sequence parallelism the rows of a pack are shared out (``row_share``). Lanes fan out from any rank's
+rows to any other's, so there all rows of the lower stream are gathered once: hidden size numbers per token, forward
+only. On the last stage the rows that predict completion tokens are gathered, and every rank has them all.
 """
 from __future__ import annotations
 
@@ -14,16 +18,19 @@ from collections.abc import Sequence
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.attention import KV, StreamAttention
 from copd_megatron.model.layer_spec import RMSNorm, build_layer, transformer_config
 from copd_megatron.model.rope import rotary_frequencies
-from copd_megatron.model.shared_prefix import Level, Pack, PackRules
+from copd_megatron.model.row_share import RowShare
+from copd_megatron.model.shared_prefix import Pack, PackRules
 from copd_megatron.model.spec import BackboneSpec
+from copd_megatron.model.stream import Level
 from copd_megatron.model.vocab_parallel import Head
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
@@ -54,6 +61,7 @@ class Backbone(nn.Module):
     def __init__(self, spec: BackboneSpec, groups: Groups, model: ModelConfig, adapter: AdapterConfig):
         super().__init__()
         spec.check_parallel(groups.layout.tp, groups.layout.pp)
+        spec.check_moe(groups.layout.ep, groups.layout.etp)
         if adapter.first_layer >= spec.num_layers:
             raise UserError(f"adapter.first_layer: {adapter.first_layer}; the backbone has {spec.num_layers} "
                             f"layers, so allowed is 0 to {spec.num_layers - 1}")
@@ -63,14 +71,16 @@ class Backbone(nn.Module):
         self.rules = PackRules(adapter.scope, adapter.first_layer, model.prefix_sharing)
         self.backend = "flash" if model.attention == "auto" else model.attention
         self.layer_range = stage_layers(spec.num_layers, groups.layout.pp, groups.coords.pp)
-        self.first_layer_index = self.layer_range.start
+        self.share = _row_share(groups)
         adapter_dtype = torch.promote_types(self.dtype, torch.float32)
         self.bank = AdapterBank(spec, adapter, groups, self.layer_range, adapter_dtype, device())
         padded = spec.padded_vocab_size(groups.layout.tp)
         if groups.is_first_stage:
             self.embedding = VocabParallelEmbedding(padded, spec.hidden_size, init_method=nn.init.zeros_,
                                                     config=self.config, tp_group=groups.tp).requires_grad_(False)
-        self.layers = nn.ModuleList(build_layer(spec, self.config, groups, self.bank, i) for i in self.layer_range)
+        self.selective = model.recompute == "selective"
+        self.layers = nn.ModuleList(build_layer(spec, self.config, groups, self.bank, i, self.selective)
+                                    for i in self.layer_range)
         if groups.is_last_stage:
             self.final_norm = RMSNorm(self.config, spec.hidden_size, spec.norm_eps).requires_grad_(False)
             if spec.tied_head and groups.is_first_stage:
@@ -97,13 +107,14 @@ class Backbone(nn.Module):
         """Evaluate a pack on this stage.
 
         Args:
-            pack: see ``shared_prefix.build_pack``.
+            pack: see ``shared_prefix.build_pack``; built with this backbone's ``share``, or whole on each rank.
             visual: features of the pack's prompts; needed on the first stage and on stages that hold
                 deepstack layers, if the pack has visual tokens.
             capture: receives 1-based layer -> (K, V) of the whole stream (prefill of decoding).
 
         Returns:
-            Last stage: [N, H], the rows ``pack.scored_rows``, final-normed. Others: [T, 1, H].
+            Last stage: [N, H], final-normed states that predict the completion tokens, all of them on every rank,
+            whose gradient must be the same on every rank. Others: [S, 1, H], this rank's rows.
         """
         hidden = self._enter(pack, visual)
         entered = self._input
@@ -113,9 +124,9 @@ class Backbone(nn.Module):
                 level = pack.level(index)
                 angles = rotary_frequencies(self.spec, level.position_ids)
             if index == pack.first_layer and pack.fanout is not None:
-                hidden = [hidden[0].index_select(0, pack.fanout)]
+                hidden = [self._gathered(hidden[0], pack).index_select(0, pack.fanout)]
             if len(hidden) != len(level.parts):
-                hidden = [hidden[0][part.rows] for part in level.parts]
+                hidden = [hidden[0][part.shard] for part in level.parts]
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= pack.first_layer):
                 hidden = self._layer(layer, level, angles, hidden, capture)
                 hidden = self._add_deepstack(hidden, level, visual, index)
@@ -124,6 +135,8 @@ class Backbone(nn.Module):
         if not self.groups.is_last_stage:
             return _anchor(out, entered) if torch.is_grad_enabled() else out
         scored = self.final_norm(out[:, 0].index_select(0, pack.scored_rows))
+        if pack.scored_order is not None:
+            scored = self._gathered(scored, pack).index_select(0, pack.scored_order)
         return _anchor(scored, entered) if torch.is_grad_enabled() else scored
 
     def forward_step(self, token_ids: Tensor, position_ids: Tensor, attention, routing) -> Tensor:
@@ -138,19 +151,29 @@ class Backbone(nn.Module):
         self._input = None
         angles = rotary_frequencies(self.spec, position_ids)
         for layer in self.layers:
-            self.bank.routing.current = routing
+            self.bank.routing.set(routing)
             hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles,
                               packed_seq_params=attention)
         return self.final_norm(hidden) if self.groups.is_last_stage else hidden
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
-        return self.embedding(token_ids)[:, None]
+    def _embed(self, token_ids: Tensor, shared: bool = False) -> Tensor:
+        """[T, 1, H], or with ``shared`` this tensor-parallel rank's piece of it."""
+        self.embedding.reduce_scatter_embeddings = shared
+        embedded = self.embedding(token_ids[None])
+        return embedded if shared else embedded.transpose(0, 1)
+
+    def _gathered(self, rows: Tensor, pack: Pack) -> Tensor:
+        """All ranks' rows one after the other; the backward keeps this rank's, as all have the same gradient."""
+        for size, group in ((pack.share.sequence, self.groups.tp), (pack.share.context, self.groups.cp)):
+            if size > 1:
+                rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=group)
+        return rows
 
     def _enter(self, pack: Pack, visual: Visual | None) -> list[Tensor]:
         if not self.groups.is_first_stage:
             return [self._input.detach() if self._frozen_entry(pack) else self._input]
         level = pack.level(0)
-        hidden = self._embed(level.token_ids)
+        hidden = self._embed(level.token_ids, shared=pack.share.sequence > 1)
         if level.visual_index.numel():
             hidden[level.visual_index, 0] = visual[0].index_select(0, level.visual_source).to(hidden.dtype)
         return [hidden]
@@ -167,17 +190,21 @@ class Backbone(nn.Module):
             last = number == len(level.parts) - 1
             own = {} if not last else capture
             attention = StreamAttention(plan=part.plan, spans=part.spans, backend=self.backend,
-                                        trunk_kv=trunk_kv, capture=own)
+                                        group=None if part.key_order is None else self.groups.cp,
+                                        key_order=part.key_order, trunk_kv=trunk_kv, capture=own,
+                                        recompute=self.selective)
 
             def run(x, part=part, attention=attention):
                 # Set here, not outside: recomputation in the backward runs other microbatches between.
-                self.bank.routing.current = part.routing
+                self.bank.routing.set(part.routing, part.shard_routing)
                 return layer(hidden_states=x, attention_mask=None, rotary_pos_emb=angles[part.rows],
                              packed_seq_params=attention)[0]
 
             with torch.set_grad_enabled(torch.is_grad_enabled() and last):
-                if self.model_config.recompute and torch.is_grad_enabled():
-                    out.append(checkpoint(run, rows, use_reentrant=False, preserve_rng_state=False))
+                if self.model_config.recompute == "full" and torch.is_grad_enabled():
+                    # Ranks with other rows may need less again, but none may leave out a collective.
+                    with set_checkpoint_early_stop(not self.share.is_split):
+                        out.append(checkpoint(run, rows, use_reentrant=False, preserve_rng_state=False))
                 else:
                     out.append(run(rows if last else rows.detach()))
             trunk_kv = own
@@ -190,6 +217,12 @@ class Backbone(nn.Module):
         features = visual[1][index].index_select(0, level.visual_source).to(hidden[0].dtype)[:, None]
         # Visual tokens are prompt tokens, and trunks are the first part.
         return [hidden[0].index_add(0, level.visual_index, features), *hidden[1:]]
+
+
+def _row_share(groups: Groups) -> RowShare:
+    """This rank's share of the rows of training and scoring."""
+    layout, at = groups.layout, groups.coords
+    return RowShare(layout.cp, at.cp, *((layout.tp, at.tp) if layout.sequence_parallel else (1, 0)))
 
 
 class _Anchor(torch.autograd.Function):

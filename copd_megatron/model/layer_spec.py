@@ -5,6 +5,7 @@ Engine's) would be built here.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.adapter_linear import AdapterGateUpLinear, AdapterQKVLinear, AdapterRowLinear
@@ -35,15 +37,39 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
         super().__init__()
-        self.eps = eps
+        self.eps, self.recompute = eps, False
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype,
                                               device=torch.cuda.current_device()))
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and dtype as x."""
+        return _again(self._norm, x) if self.recompute else self._norm(x)
+
+    def _norm(self, x: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
+
+
+class SwiGluMLP(MLP):
+    """fc2(silu(gate) * up) with gate, up = fc1(x) (Shazeer 2020, arXiv:2002.05202)."""
+
+    recompute = False
+
+    def forward(self, hidden_states, per_token_scale=None, **_):
+        """[T, 1, H] and no bias, from [T, 1, H]."""
+        inner, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(_again(_swiglu, inner) if self.recompute else _swiglu(inner))
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function(x)``, of which the backward keeps x only."""
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -> TransformerConfig:
@@ -59,7 +85,9 @@ def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -
         gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=spec.qkv_bias,
         hidden_dropout=0.0, attention_dropout=0.0,
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
+        # Context parallelism stays out of it: its layers see this rank's rows, and attention is ours.
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sequence_parallel,
         # Microbatches have different lengths; Megatron wants this dispatcher then, for dense models too.
         variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",
         # Losses come out of our own reduction; the schedule must not scale them.
@@ -70,8 +98,11 @@ def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -
 
 
 def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, bank: AdapterBank,
-                index: int) -> TransformerLayer:
-    """Layer ``index`` (global, 0-based) with its linears connected to the bank."""
+                index: int, recompute: bool = False) -> TransformerLayer:
+    """Layer ``index`` (global, 0-based) with its linears connected to the bank.
+
+    ``recompute``: norms and activations are computed again in the backward.
+    """
     norm = RMSNorm if spec.qk_norm else IdentityOp
     submodules = TransformerLayerSubmodules(
         input_layernorm=RMSNorm,
@@ -82,11 +113,14 @@ def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, b
                 linear_proj=AdapterRowLinear, q_layernorm=norm, k_layernorm=norm)),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=partial(MLP.as_mlp_submodule,
+        mlp=partial(SwiGluMLP.as_mlp_submodule,
                     submodules=MLPSubmodules(linear_fc1=AdapterGateUpLinear, linear_fc2=AdapterRowLinear)),
         mlp_bda=get_bias_dropout_add)
     layer = TransformerLayer(config, submodules, layer_number=index + 1, pg_collection=groups.pg_collection,
                              add_layer_offset=False)
+    for module in layer.modules():
+        if isinstance(module, (RMSNorm, SwiGluMLP)):
+            module.recompute = recompute
     attention, mlp, tp = layer.self_attention, layer.mlp, groups.layout.tp
     for linear, name, parts in (
             (attention.linear_qkv, "qkv", ("q_proj", "k_proj", "v_proj")), (attention.linear_proj, "proj", ("o_proj",)),

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from copd_kernels.prefix_attention.plan import Plan
+from copd_megatron.model.row_share import WHOLE, RowShare
+from copd_megatron.model.stream import Level, Span, place, to_tensor
 from copd_megatron.types import Prompt
 
 
@@ -44,57 +45,6 @@ class LeafGroup:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A trunk or a leaf of a stream, before it has a place."""
-
-    lane: str | None
-    token_ids: np.ndarray
-    positions: np.ndarray
-    """[3, tokens]."""
-    prompt: int
-    """Index of its prompt in the pack."""
-    trunk: tuple | None
-    """Key of the trunk it attends to; None for trunks."""
-    adapted_from: int
-    """Offset of the first adapted token in the span."""
-    visual_tokens: np.ndarray
-    """Offsets in the span that carry visual features (all of the prompt's, or none)."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a stream that pass a layer in one call."""
-
-    rows: slice
-    spans: tuple[tuple[int, int, int, int], ...]
-    """(start, stop, trunk start, trunk stop), see ``copd_kernels.prefix_attention``; starts and stops
-    count from the part's first row, trunks from the first row of the part that holds them."""
-    plan: Plan
-    routing: tuple[tuple[str, Tensor | slice], ...]
-    """(expert, rows of this part) for the adapted rows."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """One placed stream: tensors on the device, [T] rows."""
-
-    token_ids: Tensor
-    position_ids: Tensor
-    """[3, T]."""
-    visual_index: Tensor
-    """[n] rows that carry visual features."""
-    visual_source: Tensor
-    """[n] row of the concatenated features of the pack's prompts."""
-    parts: tuple[Part, ...]
-    """One, or two: trunks that need no gradient, then the leaves that attend to them."""
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.token_ids.shape[0]
-
-
-@dataclass(frozen=True)
 class Pack:
     """A microbatch ready for the backbone."""
 
@@ -103,10 +53,17 @@ class Pack:
     lower: Level | None
     """The stream of the layers below ``first_layer``; None when that is 0."""
     upper: Level
+    share: RowShare
+    """Whose rows this rank holds."""
     fanout: Tensor | None
-    """[T upper] row of the lower stream that each upper row continues."""
+    """[T upper] row of the lower stream that each upper row continues; where rows are shared out, of all ranks'
+    rows one after the other."""
     scored_rows: Tensor
-    """[N] upper rows whose hidden states predict the completion tokens, leaf by leaf."""
+    """[n] upper rows whose hidden states predict completion tokens: leaf by leaf (n = N), or, where rows are
+    shared out, those of this rank, filled up to the n of the rank with most."""
+    scored_order: Tensor | None
+    """[N] place of each completion token's row, leaf by leaf, in all ranks' ``scored_rows`` one after the other;
+    None where rows are not shared out."""
     target_ids: Tensor
     """[N] those completion tokens."""
     leaf_lengths: tuple[int, ...]
@@ -153,35 +110,38 @@ def pack_tokens(groups: Sequence[LeafGroup], rules: PackRules) -> int:
 
 
 def build_pack(groups: Sequence[LeafGroup], rules: PackRules, device: torch.device,
-               trunks_only: bool = False) -> Pack:
+               trunks_only: bool = False, share: RowShare = WHOLE) -> Pack:
     """Lay the lanes of all groups out as streams.
 
     Leaves keep their order: row blocks of ``scored_rows`` follow the groups, and the leaves in each.
     A leaf without tokens contributes no rows. With ``trunks_only`` (the prefill of decoding) the
-    leaves only say which lanes need a trunk.
+    leaves only say which lanes need a trunk. With ``share`` the tensors are those of this rank's rows.
     """
     streams = _Streams(groups, rules, trunks_only)
-    upper, upper_rows = _place(streams.upper, streams, device)
+    apart = rules.scope == "completion" and rules.sharing and not trunks_only
+    upper, upper_rows = place(streams.upper, streams.prompts, device, share, apart)
     lower, lower_rows, fanout = None, upper_rows, None
     if rules.first_layer > 0:
-        lower, lower_rows = _place(streams.lower, streams, device, frozen=True)
-        below = [np.arange(lower_rows[streams.origin[k]].start, lower_rows[streams.origin[k]].stop)
-                 for k in sorted(upper_rows, key=lambda k: upper_rows[k].start)]
-        fanout = _tensor(below, device)
+        lower, lower_rows = place(streams.lower, streams.prompts, device, share, frozen=True)
+        below = np.zeros(upper.layout.rows, np.int64)
+        for key, rows in upper_rows.items():
+            below[rows.start:rows.stop] = np.arange(*_ends(lower_rows[streams.origin[key]]))
+        fanout = to_tensor([lower.layout.gathered_places()[below[upper.layout.mine()]]], device)
     scored = [np.arange(len(ids)) + upper_rows[key].start + first for key, first, ids in streams.leaves if ids]
+    scored_rows, scored_order = upper.layout.share_out(np.concatenate(scored) if scored else _NOTHING)
     targets = [np.asarray(ids, np.int64) for _, _, ids in streams.leaves]
     naive = sum(len(g.prompt.token_ids) + len(leaf.token_ids) - 1 for g in groups for leaf in g.leaves)
     origin = streams.origin if lower is not None else {}
     trunk_rows = {pair: (lower_rows[origin.get(key, key)], upper_rows[key])
                   for pair, key in streams.trunks.items()}
-    return Pack(tuple(g.prompt for g in groups), rules.first_layer, lower, upper, fanout,
-                _tensor(scored, device), _tensor(targets, device),
+    return Pack(tuple(g.prompt for g in groups), rules.first_layer, lower, upper, share, fanout,
+                to_tensor([scored_rows], device),
+                None if scored_order is None else to_tensor([scored_order], device), to_tensor(targets, device),
                 tuple(len(ids) for _, _, ids in streams.leaves), naive, trunk_rows)
 
 
-def _tensor(parts: Sequence[np.ndarray], device: torch.device, axis: int = 0) -> Tensor:
-    joined = np.concatenate(parts, axis) if parts else np.zeros(0, np.int64)
-    return torch.from_numpy(np.ascontiguousarray(joined)).to(device)
+def _ends(rows: range) -> tuple[int, int]:
+    return rows.start, rows.stop
 
 
 _NOTHING = np.zeros(0, np.int64)
@@ -251,74 +211,3 @@ class _Streams:
             trunk = None if span.trunk is None else ("trunk", span.prompt)
             self.lower[shared] = Span(None, span.token_ids, span.positions, span.prompt, trunk, 0,
                                       span.visual_tokens)
-
-
-def _place(spans: dict[tuple, Span], streams: _Streams, device: torch.device,
-           frozen: bool = False) -> tuple[Level, dict[tuple, range]]:
-    """Give every span its rows, lane by lane, so that the rows of one expert are contiguous.
-
-    In scope ``completion`` the trunks come first, as a part of their own: they need no gradient.
-    """
-    rules = streams.rules
-    apart = rules.scope == "completion" and rules.sharing and not frozen and not streams.trunks_only
-    lanes = {lane: i for i, lane in enumerate(dict.fromkeys(s.lane for s in spans.values()))}
-    order = sorted(spans, key=lambda k: (apart and k[0] != "trunk", lanes[spans[k].lane]))
-    rows, total, trunk_total = {}, 0, 0
-    for key in order:
-        rows[key] = range(total, total + len(spans[key].token_ids))
-        total = rows[key].stop
-        if apart and key[0] == "trunk":
-            trunk_total = total
-    cuts = [slice(0, trunk_total), slice(trunk_total, total)] if trunk_total else [slice(0, total)]
-    parts = tuple(_part(cut, [k for k in order if cut.start <= rows[k].start < cut.stop], spans, rows,
-                        device, frozen) for cut in cuts)
-    ordered = [spans[k] for k in order]
-    visual_index, visual_source = _visual(ordered, [rows[k].start for k in order], streams.prompts)
-    level = Level(_tensor([s.token_ids for s in ordered], device),
-                  _tensor([s.positions for s in ordered], device, 1),
-                  torch.from_numpy(visual_index).to(device), torch.from_numpy(visual_source).to(device), parts)
-    return level, rows
-
-
-def _part(cut: slice, keys: Sequence[tuple], spans: dict[tuple, Span], rows: dict[tuple, range],
-          device: torch.device, frozen: bool) -> Part:
-    first = cut.start
-    ranges = []
-    for key in keys:
-        trunk = rows[spans[key].trunk] if spans[key].trunk is not None else range(0)
-        ranges.append((rows[key].start - first, rows[key].stop - first, trunk.start, trunk.stop))
-    routing = () if frozen else _routing([spans[k] for k in keys], [r[0] for r in ranges], device)
-    return Part(cut, tuple(ranges), Plan.build(ranges, cut.stop - first, device), routing)
-
-
-def _visual(spans: Sequence[Span], starts: Sequence[int], prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that carry visual features, and which feature each carries."""
-    first = np.concatenate([[0], np.cumsum([len(p.visual_index) for p in prompts])]).astype(np.int64)
-    rows, sources = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for span, start in zip(spans, starts):
-        if len(span.visual_tokens):
-            rows.append(start + span.visual_tokens)
-            sources.append(first[span.prompt] + np.arange(len(span.visual_tokens)))
-    return np.concatenate(rows), np.concatenate(sources)
-
-
-def _routing(spans: Sequence[Span], starts: Sequence[int], device: torch.device):
-    """(expert, rows) with one slice where an expert's rows are contiguous, else an index."""
-    rows: dict[str, list[tuple[int, int]]] = {}
-    for span, start in zip(spans, starts):
-        if span.lane is None:
-            continue
-        ranges = rows.setdefault(span.lane, [])
-        begin, end = start + span.adapted_from, start + len(span.token_ids)
-        if ranges and ranges[-1][1] == begin:
-            ranges[-1] = (ranges[-1][0], end)
-        else:
-            ranges.append((begin, end))
-    routing = []
-    for lane, ranges in rows.items():
-        if len(ranges) == 1:
-            routing.append((lane, slice(*ranges[0])))
-        else:
-            index = np.concatenate([np.arange(*r) for r in ranges])
-            routing.append((lane, torch.from_numpy(index).to(device)))
-    return tuple(routing)

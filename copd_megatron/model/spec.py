@@ -73,6 +73,12 @@ class BackboneSpec:
         """The smallest multiple of ``tp`` that holds the vocabulary."""
         return -(-self.vocab_size // tp) * tp
 
+    def check_moe(self, ep: int, etp: int) -> None:
+        """Raise UserError if MoE experts are to be cut up: no supported family has any."""
+        if ep * etp > 1:
+            raise UserError(f"parallel.moe_expert, parallel.moe_expert_tensor: {ep} x {etp}, but the backbone has no "
+                            "MoE layers that they could cut; 1 and 1 are allowed; leave them out")
+
     def check_parallel(self, tp: int, pp: int) -> None:
         """Raise UserError unless ``tp`` divides heads and feed-forward and ``pp`` leaves no stage empty."""
         for what, size in (

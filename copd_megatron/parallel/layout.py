@@ -10,8 +10,9 @@ apart. Megatron's data-parallel axis is our axis of replicas.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from copd_megatron.config.parallel import ParallelConfig
 from copd_megatron.types import UserError
 
 
@@ -33,8 +34,11 @@ class Coordinates:
 class Layout:
     """Sizes of all axes. World size = replicas x TP x PP x CP. Example: ``Layout(tp=2, pp=1, replicas=3)``.
 
+    MoE experts are cut over the same ranks: ETP x EP = TP x CP, so that no EP group crosses replicas. Both are
+    1 where the backbone has no MoE layers.
+
     Raises:
-        UserError: a size below 1, or context or MoE-expert parallelism asked for (not supported yet).
+        UserError: a size below 1, ETP x EP that is neither 1 nor TP x CP, or sequence parallelism without TP.
     """
 
     tp: int = 1
@@ -43,29 +47,44 @@ class Layout:
     cp: int = 1
     ep: int = 1
     etp: int = 1
+    sequence_parallel: bool = False
+    """Between the linears of a layer the TP ranks hold a share of the rows each, not all of them."""
 
     def __post_init__(self) -> None:
-        for field, size in (("tensor", self.tp), ("pipeline", self.pp), ("replicas", self.replicas)):
+        for field, size in (("tensor", self.tp), ("pipeline", self.pp), ("replicas", self.replicas),
+                            ("context", self.cp), ("moe_expert", self.ep), ("moe_expert_tensor", self.etp)):
             if size < 1:
                 raise UserError(f"parallel.{field}: {size}; sizes are 1 or more; leave it out for 1")
-        for field, size in (("context", self.cp), ("moe_expert", self.ep), ("moe_expert_tensor", self.etp)):
-            if size != 1:
-                raise UserError(f"parallel.{field}: {size}; only 1 is supported; "
-                                "shard with parallel.tensor and parallel.pipeline instead")
+        if self.ep * self.etp not in (1, self.tp * self.cp):
+            raise UserError(
+                f"parallel.moe_expert, parallel.moe_expert_tensor: {self.ep} x {self.etp} = {self.ep * self.etp}; "
+                f"MoE experts are cut over the {self.tp * self.cp} ranks of parallel.tensor x parallel.context, so "
+                f"the product must be {self.tp * self.cp} (or 1 without MoE layers); change one of the four")
+        if self.sequence_parallel and self.tp == 1:
+            raise UserError("parallel.sequence_parallel: true with parallel.tensor 1; it splits rows over 2 or more "
+                            "tensor-parallel ranks; raise parallel.tensor or set it to false")
 
     @classmethod
-    def fit(cls, world_size: int, tp: int = 1, pp: int = 1) -> Layout:
-        """The layout of ``world_size`` ranks: what TP and PP leave over becomes replicas.
+    def fit(cls, world_size: int, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1,
+            sequence_parallel: bool = False) -> Layout:
+        """The layout of ``world_size`` ranks: what TP, PP and CP leave over becomes replicas.
 
         Raises:
-            UserError: ``tp * pp`` does not divide the world size.
+            UserError: ``tp * pp * cp`` does not divide the world size.
         """
-        per_replica = cls(tp=tp, pp=pp).ranks_per_replica
+        one = cls(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, sequence_parallel=sequence_parallel)
+        per_replica = one.ranks_per_replica
         if world_size % per_replica:
-            raise UserError(f"parallel.tensor, parallel.pipeline: {tp} x {pp} = {per_replica} ranks per "
-                            f"replica, {world_size} ranks started; the product must divide their number; "
+            raise UserError(f"parallel.tensor, parallel.pipeline, parallel.context: {tp} x {pp} x {cp} = {per_replica} "
+                            f"ranks per replica, {world_size} ranks started; the product must divide their number; "
                             f"start a multiple of {per_replica} ranks or choose smaller sizes")
-        return cls(tp=tp, pp=pp, replicas=world_size // per_replica)
+        return replace(one, replicas=world_size // per_replica)
+
+    @classmethod
+    def of(cls, config: ParallelConfig, world_size: int) -> Layout:
+        """The layout that a config asks for, see ``fit``."""
+        return cls.fit(world_size, config.tensor, config.pipeline, config.context, config.moe_expert,
+                       config.moe_expert_tensor, config.sequence_parallel)
 
     @property
     def ranks_per_replica(self) -> int:
@@ -88,7 +107,8 @@ class Layout:
         rest, tp = divmod(rank, self.tp)
         rest, cp = divmod(rest, self.cp)
         pp, replica = divmod(rest, self.replicas)
-        return Coordinates(replica=replica, pp=pp, cp=cp, tp=tp)
+        ep, etp = self._folded(cp, tp)
+        return Coordinates(replica=replica, pp=pp, cp=cp, tp=tp, ep=ep, etp=etp)
 
     def rank_of(self, replica: int = 0, pp: int = 0, cp: int = 0, tp: int = 0) -> int:
         """Global rank at these coordinates; the inverse of `coordinates`."""
@@ -97,6 +117,15 @@ class Layout:
             if not 0 <= at < size:
                 raise IndexError(f"{axis} {at} is not in 0..{size - 1} of {self.key}")
         return ((pp * self.replicas + replica) * self.cp + cp) * self.tp + tp
+
+    def _folded(self, cp: int, tp: int) -> tuple[int, int]:
+        """(ep, etp) of a cell: its ranks in order, the tensor axis of MoE experts fastest, as Megatron has it."""
+        return divmod(cp * self.tp + tp, self.etp) if self.ep * self.etp > 1 else (0, 0)
+
+    def moe_expert_peers(self, replica: int, pp: int, etp: int) -> tuple[int, ...]:
+        """Global ranks of one EP group, in ep order: the ranks that hold different MoE experts."""
+        return tuple(self.rank_of(replica, pp, cp, tp) for cp in range(self.cp) for tp in range(self.tp)
+                     if self._folded(cp, tp)[1] == etp)
 
     def replica_ranks(self, replica: int) -> tuple[int, ...]:
         """Global ranks of one replica, first pipeline stage first."""

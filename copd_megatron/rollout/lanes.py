@@ -55,6 +55,21 @@ class Wave:
         return len(self.request)
 
 
+def deal_requests(requests: Sequence[Request], ranks: int) -> list[int]:
+    """The context rank that answers each request: prompts stay whole, lanes are balanced, the same on every rank."""
+    by_prompt: dict[str, list[int]] = {}
+    for index, request in enumerate(requests):
+        by_prompt.setdefault(request.prompt.content_hash, []).append(index)
+    lanes = {prompt: sum(requests[i].samples for i in own) for prompt, own in by_prompt.items()}
+    rank_of, load = [0] * len(requests), [0] * ranks
+    for prompt in sorted(by_prompt, key=lambda p: -lanes[p]):
+        rank = load.index(min(load))
+        load[rank] += lanes[prompt]
+        for index in by_prompt[prompt]:
+            rank_of[index] = rank
+    return rank_of
+
+
 def plan_waves(requests: Sequence[Request], rules: PackRules, max_lanes: int) -> Iterator[Wave]:
     """Waves of at most ``max_lanes`` lanes that together hold every completion of the requests once."""
     batch: list[list[tuple[int, int]]] = []

@@ -6,11 +6,13 @@ starts with the forced tokens that training's packs start a leaf with, so log-pr
 rounding.
 
 Pipeline stages relay hidden states; the last one samples and broadcasts, so every rank of the replica knows
-every token and takes the same turns.
+every token and takes the same turns. Context ranks have whole prompts of their own and tell each other what was
+answered; nothing is split while decoding, so sequence parallelism rests too.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,17 +24,30 @@ from copd_megatron.model.attention import KV
 from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, Pack, PackRules, build_pack, pack_tokens
 from copd_megatron.model.vision import stage_needs_features
+from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
 from copd_megatron.rollout.decode_state import Answers, DecodeState
 from copd_megatron.rollout.engine import EngineCounters, Request, VisualSource
 from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock, prefix_blocks
-from copd_megatron.rollout.lanes import Prefixes, Wave, plan_waves
+from copd_megatron.rollout.lanes import Prefixes, Wave, deal_requests, plan_waves
 from copd_megatron.rollout.sampling import Sampled, sample
 from copd_megatron.types import Completion, Segment, UserError
 
 COMPACT_AT = 0.75
 """Ended lanes leave the batch once at most this share of it still runs: copying the caches then pays."""
+
+
+class _Answer(NamedTuple):
+    """One new segment, as context ranks tell each other."""
+
+    request: int
+    """Index among the requests of the call."""
+    sample: int
+    token_ids: list[int]
+    logprobs: list[float]
+    sampled_logprobs: list[float]
+    finish: str
 
 
 class MegatronEngine:
@@ -53,21 +68,33 @@ class MegatronEngine:
         """See ``RolloutEngine.generate``."""
         for request in requests:
             self._check(request, visual)
+        rank_of = deal_requests(requests, self.groups.layout.cp)
+        mine = [index for index, rank in enumerate(rank_of) if rank == self.groups.coords.cp]
+        computed, answers = self._answer([requests[index] for index in mine], visual)
+        own = computed, [answer._replace(request=mine[answer.request]) for answer in answers]
         completions: list[list[Completion]] = [[] for _ in requests]
-        prefixes, blocks = None, []
-        for wave in plan_waves(requests, self.rules, self.config.decode_lanes):
-            if wave.prefixes is not prefixes:
-                prefixes, blocks = wave.prefixes, []  # Free the last wave's before the next is computed.
-                blocks = self._prefill(prefixes, visual)
-            answers = self._decode(wave, requests, blocks)
-            for index, completion in _completions(wave, requests, answers):
-                completions[index].append(completion)
-            self.counters.decoded_tokens += int(answers.lengths.sum())
+        for computed, answers in all_gather_objects(own, self.groups.cp):
+            self.counters.prompt_tokens_computed += computed
+            for answer in answers:
+                completions[answer.request].append(_completion(requests[answer.request], answer))
+                self.counters.decoded_tokens += len(answer.token_ids)
         for request, group in zip(requests, completions):
             group.sort(key=lambda completion: completion.sample)
             self.counters.prompt_tokens_asked += len(group) * len(request.prompt.token_ids)
             self.counters.prompt_tokens_computed += len(group) * self.rules.forced(request.prompt)
         return completions
+
+    def _answer(self, requests: Sequence[Request], visual: VisualSource | None) -> tuple[float, list[_Answer]]:
+        """Prompt tokens evaluated, averaged over the layers, and the answers of all samples."""
+        found: list[_Answer] = []
+        prefixes, blocks, computed = None, [], 0.0
+        for wave in plan_waves(requests, self.rules, self.config.decode_lanes):
+            if wave.prefixes is not prefixes:
+                prefixes, blocks = wave.prefixes, []  # Free the last wave's before the next is computed.
+                blocks, tokens = self._prefill(prefixes, visual)
+                computed += tokens
+            found += _answers(wave, self._decode(wave, requests, blocks))
+        return computed, found
 
     def _check(self, request: Request, visual: VisualSource | None) -> None:
         """Refuse a request before any work is done."""
@@ -90,9 +117,9 @@ class MegatronEngine:
         if len(prompt.visual_index) and visual is None:
             raise ValueError(f"visual: not given, but prompt {prompt.key!r} has media")
 
-    def _prefill(self, prefixes: Prefixes, visual: VisualSource | None) -> list[PrefixBlock]:
-        """Evaluate all trunks of a wave, pack by pack."""
-        blocks = []
+    def _prefill(self, prefixes: Prefixes, visual: VisualSource | None) -> tuple[list[PrefixBlock], float]:
+        """Evaluate all trunks of a wave, pack by pack; also the tokens that took, averaged over the layers."""
+        blocks, computed = [], 0.0
         for slots in self._pack_slots(prefixes):
             groups = [_trunks_of(prefixes, slot) for slot in slots]
             pack = build_pack(groups, self._prefill_rules, self.device, trunks_only=True)
@@ -100,8 +127,8 @@ class MegatronEngine:
             numbers = {(place, owner): prefixes.numbers[slot, owner]
                        for place, slot in enumerate(slots) for owner in prefixes.owners[slot]}
             blocks += prefix_blocks(pack, capture, numbers)
-            self.counters.prompt_tokens_computed += self._mean_tokens(pack)
-        return blocks
+            computed += self._mean_tokens(pack)
+        return blocks, computed
 
     def _pack_slots(self, prefixes: Prefixes) -> Iterator[list[int]]:
         """Prompts to evaluate together: as many as ``rollout.max_prompt_tokens`` holds, at least one."""
@@ -214,15 +241,17 @@ def _stack(drawn: Sampled) -> Tensor:
     return torch.stack([column.double() for column in drawn])
 
 
-def _completions(wave: Wave, requests: Sequence[Request],
-                 answers: Answers) -> Iterator[tuple[int, Completion]]:
-    """(index of its request, completion) of every lane."""
+def _answers(wave: Wave, answers: Answers) -> Iterator[_Answer]:
+    """What every lane of a wave answered."""
     columns = answers.token_ids, answers.logprobs, answers.sampled_logprobs
     for lane, (index, number) in enumerate(zip(wave.request.tolist(), wave.sample.tolist())):
-        request = requests[index]
-        token_ids, logprobs, sampled = (column[lane, :answers.lengths[lane]].tolist() for column in columns)
-        new = Segment(token_ids, "policy", logprobs, sampled)
-        prior = [Segment(list(s.token_ids), s.origin, list(s.logprobs), list(s.sampled_logprobs))
-                 for s in request.prior]
-        yield index, Completion(request.prompt, request.expert, number, [*prior, new],
-                                "stop" if answers.stopped[lane] else "length")
+        segment = (column[lane, :answers.lengths[lane]].tolist() for column in columns)
+        yield _Answer(index, number, *segment, "stop" if answers.stopped[lane] else "length")
+
+
+def _completion(request: Request, answer: _Answer) -> Completion:
+    """The request's earlier segments and the new one."""
+    new = Segment(answer.token_ids, "policy", answer.logprobs, answer.sampled_logprobs)
+    prior = [Segment(list(s.token_ids), s.origin, list(s.logprobs), list(s.sampled_logprobs))
+             for s in request.prior]
+    return Completion(request.prompt, request.expert, answer.sample, [*prior, new], answer.finish)

@@ -8,11 +8,12 @@ norms' wide type):
     adapters    their input, H b (qkv; gate, up), F b (down); each r b after A; o_proj's input is attention's output
     rotary      4 d b (cos and sin, for q and for k)
     attention   q Q b, k K b, out Q b, log-sum-exp heads x 4, and v as a view of the fused qkv: (Q + 2 K) b
-    SwiGLU      fused gate and up 2 F b, silu(gate) F b, up + 0 F b (Megatron adds an offset of 0)
+    SwiGLU      fused gate and up 2 F b, silu(gate) F b
 
-With ``model.recompute`` a layer saves its input, H b, and one layer at a time is as above. A layer whose input needs
-no gradient (the first adapted one) saves less. Where scope is ``completion``, trunks keep k and the fused qkv for the
-leaves' backward. Counted for prefix sharing; naive packs in scope ``completion`` copy some rows besides.
+With ``model.recompute=full`` a layer saves its input, H b, and one layer at a time is as above; ``selective`` is
+counted as if it saved nothing. A layer whose input needs no gradient (the first adapted one) saves less. Where scope
+is ``completion``, trunks keep k and the fused qkv for the leaves' backward. Counted for prefix sharing; naive packs
+in scope ``completion`` copy some rows besides.
 """
 from __future__ import annotations
 
@@ -91,7 +92,7 @@ def layer_row_bytes(job: Job, width: Width, needs_grad: bool) -> int:
         total += (width.hidden + len(into_fc1) * rank) * b
         grad = True
     if grad:
-        total += 4 * width.ffn * b
+        total += 3 * width.ffn * b
     if "down_proj" in adapted:
         total += (width.ffn + rank) * b
     return total
@@ -114,7 +115,7 @@ def saved_bytes(job: Job, layout: Layout, stage: int, rows: Rows, width: Width) 
     first = job.adapter.first_layer
     layers = [i for i in stage_layers(job.spec.num_layers, layout.pp, stage) if i >= first]
     total = 0.0
-    if job.model.recompute:
+    if job.model.recompute == "full":
         total += len(layers) * grad_rows * width.hidden * width.item
     else:
         total += sum(grad_rows * layer_row_bytes(job, width, index > first) for index in layers)
@@ -154,12 +155,12 @@ def _topk(job: Job) -> int:
 def backward_bytes(job: Job, layout: Layout, rows: Rows, width: Width) -> float:
     """What the backward makes on the way, at its fullest: where it begins, in the last layer's SwiGLU.
 
-    Later each layer frees more than its gradients need. With ``model.recompute`` also all that one layer saves when
-    it is recomputed.
+    Later each layer frees more than its gradients need. With ``model.recompute=full`` also all that one layer saves
+    when it is recomputed.
     """
     grad_rows, _ = _differentiated(job, rows)
     total = grad_rows * (2 * width.hidden + 2 * width.ffn) * width.item
-    if job.model.recompute:
+    if job.model.recompute == "full":
         total += grad_rows * layer_row_bytes(job, width, True) + _working_copies(job, layout, width)
     return total
 
@@ -169,7 +170,7 @@ def forward_bytes(job: Job, rows: Rows, width: Width) -> float:
     grad_rows, trunk_rows = _differentiated(job, rows)
     together = max(grad_rows, trunk_rows)
     waiting = (rows.tokens - together) * width.hidden * width.item
-    swiglu = (2 * width.hidden + 5 * width.ffn) * width.item + width.hidden * width.wide
+    swiglu = (2 * width.hidden + 4 * width.ffn) * width.item + width.hidden * width.wide
     return waiting + together * max(swiglu, (2 * width.hidden + 5 * width.q + 3 * width.mixed) * width.item)
 
 

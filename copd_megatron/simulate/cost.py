@@ -123,8 +123,8 @@ def _replica_time(job: Job, layout: Layout, placement: Placement, replica: int, 
     rows = sum(batch.tokens for batch in batches)
     scored_rows = rows * flops["score"].total / max(1.0, flops["rollout"].total)
     update = _pipeline_time(job, layout, hardware, flops["update"], len(batches), rows,
-                            passes=4 if job.model.recompute else 3)
-    if job.model.recompute:
+                            passes=4 if job.model.recompute == "full" else 3)
+    if job.model.recompute == "full":
         update += _compute_time(job, layout, hardware, flops["rollout"])
     score = _pipeline_time(job, layout, hardware, flops["score"], len(batches), scored_rows, passes=1)
     return _rollout_time(job, layout, hardware, groups, flops["rollout"]), score, update

@@ -82,8 +82,9 @@ def build_policies(config: RunConfig) -> Policies:
     scorers = {name: Scorer(tasks[name], expert.rewards, f"experts.{name}.rewards")
                for name, expert in config.experts.items()}
     init_distributed(config.parallel)
-    layout = Layout.fit(torch.distributed.get_world_size(), config.parallel.tensor, config.parallel.pipeline)
+    layout = Layout.of(config.parallel, torch.distributed.get_world_size())
     spec.check_parallel(layout.tp, layout.pp)
+    spec.check_moe(layout.ep, layout.etp)
     groups = Groups.create(layout, place(config, layout.replicas), timeout_s=config.parallel.timeout_s)
     source = PromptSource(tasks, encoder, config.seed, config.rollout.max_prompt_tokens)
     _check_questions(source)
@@ -194,7 +195,7 @@ def _milestones(config: RunConfig, run_dir: Path, policies: Policies, state: Run
     recorder = Recorder(run_dir, config.metrics, first, writes=groups.is_main,
                         run_config=json.loads(state.config_json))
     rollouts = None
-    if groups.is_last_stage and groups.coords.tp == 0:
+    if groups.is_last_stage and groups.coords.tp == 0 and groups.coords.cp == 0:
         rollouts = RolloutWriter(run_dir, lambda ids: encoder.decode(ids, skip_special_tokens=False),
                                  enabled=config.metrics.rollouts, resume_step=first, shard=groups.coords.replica,
                                  shards=groups.layout.replicas, on_failure=recorder.count_failure)

@@ -53,7 +53,7 @@ class Runner:
 
         def forward_step(iterator, model):
             batch = next(iterator)
-            pack = build_pack(batch.groups, model.rules, device())
+            pack = build_pack(batch.groups, model.rules, device(), share=model.share)
             self._tokens += pack.upper.tokens
             self._naive_tokens += pack.naive_tokens
             out = model(pack, self.visual(pack.prompts))

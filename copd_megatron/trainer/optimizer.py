@@ -57,14 +57,15 @@ class ExpertOptimizer:
         return {"grad_norm": norm, "adapter_norm": self._norm(list(self.parameters.values())), "lr": lr}
 
     def _reduce(self, grads: list[Tensor]) -> None:
-        """Sum over the expert's replicas, in one flat message."""
-        group = self.groups.adapter[self.expert]
-        if dist.get_world_size(group) == 1 or not grads:
-            return
-        flat = torch.cat([g.reshape(-1) for g in grads])
-        dist.all_reduce(flat, group=group)
-        for grad, piece in zip(grads, flat.split([g.numel() for g in grads])):
-            grad.copy_(piece.view_as(grad))
+        """Sum over the expert's replicas and over the ranks that share out the rows, in flat messages.
+
+        Context ranks saw rows of their own, and so did TP ranks under sequence parallelism: there the factors that
+        each of them holds whole are summed too (split ones saw all rows).
+        """
+        _sum_flat(grads, self.groups.adapter[self.expert])
+        _sum_flat(grads, self.groups.cp)
+        if self.groups.layout.sequence_parallel:
+            _sum_flat([g for p, g in zip(self.parameters.values(), grads) if p.tp_dim is None], self.groups.tp)
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:
         """Norm over the whole expert of one tensor per parameter: split factors summed over TP, replicated ones
@@ -92,3 +93,13 @@ class ExpertOptimizer:
         self.updates = updates
         for name, moments in state.items():
             self.adamw.state[self.parameters[name]] = dict(moments)
+
+
+def _sum_flat(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum tensors over the group, in place and in one message."""
+    if dist.get_world_size(group) == 1 or not tensors:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat, group=group)
+    for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors])):
+        tensor.copy_(piece.view_as(tensor))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from copd_kernels.prefix_attention.fused import prefix_attention
-from copd_kernels.prefix_attention.plan import Plan
+from copd_kernels.prefix_attention.plan import Plan, Span
 from copd_kernels.prefix_attention.reference import prefix_attention as reference
 
 SPANS = {
@@ -51,6 +51,32 @@ def test_trunk_from_an_earlier_pass_equals_one_pass_for_the_leaves():
     want = torch.autograd.grad(whole[trunk_tokens:], q, grad, retain_graph=True)[0]
     got = torch.autograd.grad(part, q, grad)[0]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", [
+    lambda q, k, v, spans: prefix_attention(q, k, v, Plan.build(spans, len(q), q.device)), reference],
+    ids=["fused", "reference"])
+@pytest.mark.parametrize("name", SPANS)
+def test_queries_of_some_rows_give_those_rows(name, attention):
+    """Cut anywhere, the pieces give the whole's rows, and their gradients of keys add up to the whole's."""
+    spans, tokens = SPANS[name]
+    q, k, v = _inputs(tokens, 4, 2, torch.float64)
+    grad = torch.randn_like(q)
+    want = reference(q, k, v, spans)
+    want_grads = torch.autograd.grad(want, (q, k, v), grad)
+    owners = {0: [range(0, 2), range(6, tokens)], 1: [range(2, 6)], 2: []}
+    sums = [torch.zeros_like(x) for x in (q, k, v)]
+    for chunks in owners.values():
+        rows = [row for chunk in chunks for row in chunk if row < tokens]
+        pieces = [Span(rows.index(low), rows.index(high - 1) + 1, trunk_start, trunk_stop, start, low)
+                  for start, stop, trunk_start, trunk_stop in spans for chunk in chunks
+                  for low, high in [(max(start, chunk.start), min(stop, chunk.stop, tokens))] if low < high]
+        got = attention(q[rows], k, v, pieces)
+        torch.testing.assert_close(got, want[rows], rtol=0, atol=1e-12)
+        for total, part in zip(sums, torch.autograd.grad(got, (q, k, v), grad[rows])):
+            total += part
+    for total, part in zip(sums, want_grads):
+        torch.testing.assert_close(total, part, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])

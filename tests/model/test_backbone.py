@@ -35,7 +35,7 @@ def _run(groups, lanes=None, **options):
     return hidden.detach(), grads, pack
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("attention", ["flash", "reference"])
 @pytest.mark.parametrize("first_layer", [0, 1, 2])
 @pytest.mark.parametrize("scope", ["sequence", "completion"])

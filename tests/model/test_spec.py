@@ -167,6 +167,14 @@ def test_layouts_that_do_not_fit(tp, pp, named):
     spec.check_parallel(2, 4)
 
 
+@pytest.mark.parametrize(("ep", "etp"), [(2, 1), (1, 2), (2, 2)])
+def test_a_dense_backbone_has_no_moe_experts_to_cut(ep, etp):
+    spec = read_spec(tiny_model("qwen3"))
+    spec.check_moe(1, 1)
+    with pytest.raises(UserError, match=rf"^parallel\.moe_expert, .*: {ep} x {etp}, but the backbone has no MoE"):
+        spec.check_moe(ep, etp)
+
+
 def test_padded_vocabulary():
     spec = read_spec(tiny_model("qwen3"))
     assert [spec.padded_vocab_size(tp) for tp in (1, 2, 4)] == [267, 268, 268]

@@ -16,9 +16,9 @@ EXPERTS = ("text", "image", "video")
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK")
 
 
-def members(tp, pp, experts):
+def members(tp, pp, cp, experts):
     """Members of every group of this rank, found by gathering, not by asking."""
-    layout = Layout.fit(dist.get_world_size(), tp, pp)
+    layout = Layout.fit(dist.get_world_size(), tp, pp, cp)
     groups = Groups.create(layout, Placement.build(experts, layout.replicas))
 
     def ranks_in(group):
@@ -35,12 +35,12 @@ def members(tp, pp, experts):
     return found, ends
 
 
-@pytest.mark.parametrize(("world", "tp", "pp"),
-                         [(1, 1, 1), (2, 1, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2), (8, 2, 2)])
-def test_members_are_those_of_layout_and_placement(world, tp, pp):
-    layout = Layout.fit(world, tp, pp)
+@pytest.mark.parametrize(("world", "tp", "pp", "cp"), [
+    (1, 1, 1, 1), (2, 1, 1, 1), (4, 1, 1, 1), (4, 1, 2, 1), (8, 2, 2, 1), (8, 2, 1, 2), (4, 1, 2, 2)])
+def test_members_are_those_of_layout_and_placement(world, tp, pp, cp):
+    layout = Layout.fit(world, tp, pp, cp)
     placement = Placement.build(EXPERTS, layout.replicas)
-    for rank, (found, ends) in enumerate(run_ranks(world, members, tp, pp, EXPERTS)):
+    for rank, (found, ends) in enumerate(run_ranks(world, members, tp, pp, cp, EXPERTS)):
         at = layout.coordinates(rank)
         replica = layout.replica_ranks(at.replica)
         assert found["world"] == tuple(range(world))
@@ -48,7 +48,7 @@ def test_members_are_those_of_layout_and_placement(world, tp, pp):
         assert found["exchange"] == layout.peers(at.pp, at.cp, at.tp)
         assert found["tp"] == tuple(layout.rank_of(at.replica, at.pp, at.cp, i) for i in range(tp))
         assert found["pp"] == tuple(layout.rank_of(at.replica, i, at.cp, at.tp) for i in range(pp))
-        assert found["cp"] == (rank,)
+        assert found["cp"] == tuple(layout.rank_of(at.replica, at.pp, i, at.tp) for i in range(cp))
         for expert in EXPERTS:
             hosts = placement.replicas_of(expert)
             expected = layout.peers(at.pp, at.cp, at.tp, hosts) if at.replica in hosts else None

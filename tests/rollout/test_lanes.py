@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from copd_megatron.model.shared_prefix import PackRules
 from copd_megatron.parallel.seeding import stable_hash, uniform
 from copd_megatron.rollout.engine import Request, SamplingParams
-from copd_megatron.rollout.lanes import ForcedRows, LaneNoise, plan_waves
+from copd_megatron.rollout.lanes import ForcedRows, LaneNoise, deal_requests, plan_waves
 from copd_megatron.types import Segment
 from support.random_backbone import make_prompt
 
@@ -57,6 +57,22 @@ def _check_prefixes_are_evaluated_once(waves, requests, rules):
         assert len(set(copies)) == len(copies)
     else:
         assert len(copies) == sum(request.samples for request in requests)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), max_size=8), st.integers(1, 4))
+def test_context_ranks_get_whole_prompts_and_even_loads(asked, ranks):
+    params = SamplingParams(max_tokens=2, stop_token_ids=())
+    requests = [Request(make_prompt(seed, 5), "a", samples, params, (1,)) for seed, samples in asked]
+    rank_of = deal_requests(requests, ranks)
+    assert len(rank_of) == len(requests) and all(0 <= rank < ranks for rank in rank_of)
+    lanes = [0] * ranks
+    of_prompt = {}
+    for request, rank in zip(requests, rank_of):
+        assert of_prompt.setdefault(request.prompt.content_hash, rank) == rank
+        lanes[rank] += request.samples
+    largest = max((sum(r.samples for r in requests if r.prompt.content_hash == p) for p in of_prompt), default=0)
+    assert max(lanes) - min(lanes) <= largest
 
 
 def test_a_wave_takes_whole_prompts():

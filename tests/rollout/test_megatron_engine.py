@@ -269,9 +269,9 @@ def _loaded_engine(path, groups, scope, first_layer, sharing, decode_lanes):
     return MegatronEngine(backbone, groups, RolloutConfig(decode_lanes=decode_lanes), seed=5)
 
 
-def _layout_outcomes(path, tp, pp, cases=CASES):
+def _layout_outcomes(path, parallel, cases=CASES):
     """What this rank's engine answers in each case, and its counters."""
-    groups = Groups.create(Layout(tp=tp, pp=pp, replicas=1), Placement.build(("a", "b"), 1))
+    groups = Groups.create(Layout(**parallel), Placement.build(("a", "b"), 1))
     spec = read_spec(path)
     outcomes = []
     for case in cases:
@@ -296,14 +296,16 @@ def _layout_requests(spec):
 
 @pytest.fixture(scope="module")
 def one_rank_outcomes(path):
-    outcomes, = run_ranks(1, _layout_outcomes, path, 1, 1)
+    outcomes, = run_ranks(1, _layout_outcomes, path, {})
     return outcomes
 
 
-@pytest.mark.parametrize("tp,pp,cases", [(2, 1, 5), (1, 2, 5), (2, 2, 2)])
-def test_layout_changes_nothing(path, one_rank_outcomes, tp, pp, cases):
+@pytest.mark.parametrize("parallel,cases", [
+    ({"tp": 2}, 5), ({"pp": 2}, 5), ({"tp": 2, "pp": 2}, 2), ({"cp": 2}, 5), ({"cp": 4}, 1),
+    ({"tp": 2, "cp": 2, "sequence_parallel": True}, 2)], ids=str)
+def test_layout_changes_nothing(path, one_rank_outcomes, parallel, cases):
     """Identical tokens on every rank of every layout, and equal log-probs."""
-    for outcomes in run_ranks(tp * pp, _layout_outcomes, path, tp, pp, CASES[:cases]):
+    for outcomes in run_ranks(Layout(**parallel).world_size, _layout_outcomes, path, parallel, CASES[:cases]):
         assert len(outcomes) == cases
         for want, got in zip(one_rank_outcomes, outcomes):
             _same(want[:3], got[:3])

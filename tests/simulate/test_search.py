@@ -85,7 +85,7 @@ def test_sharding_needs_less_memory_and_never_the_same_bytes_twice(other):
 
 def test_recompute_trades_memory_for_time():
     job, layout, placement = big_job(), Layout(), Placement.build(EXPERTS, 1)
-    again = replace(job, model=job.model.model_copy(update={"recompute": True}))
+    again = replace(job, model=job.model.model_copy(update={"recompute": "full"}))
     full, small = (fullest(rank_kinds(j, layout, placement)).memory.phases["update"]["activations"]
                    for j in (job, again))
     assert small < full / 5

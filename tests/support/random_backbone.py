@@ -24,7 +24,7 @@ def one_rank_groups(experts=("a", "b")) -> Groups:
 
 
 def make_backbone(groups: Groups, *, scope="sequence", first_layer=0, sharing=True, dtype="float64",
-                  attention="flash", recompute=False, spec=SPEC, experts=("a", "b")) -> Backbone:
+                  attention="flash", recompute="none", spec=SPEC, experts=("a", "b")) -> Backbone:
     """Every weight normal(0, 0.2), every adapter factor normal(0, 0.1), all seeded by name."""
     backbone = Backbone(spec, groups,
                         ModelConfig(path="-", dtype=dtype, prefix_sharing=sharing, attention=attention,

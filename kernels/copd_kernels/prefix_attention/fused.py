@@ -7,10 +7,12 @@ dS = P (dO V^T - rowsum(dO out)) need nothing else (as in Liu et al. 2023, arXiv
 """
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from copd_kernels.prefix_attention.plan import Block, Plan
+from copd_kernels.prefix_attention.plan import Block, Meeting, Plan
 
 _aten = torch.ops.aten
 
@@ -82,6 +84,13 @@ def unfold(x: Tensor, heads: int) -> Tensor:
     return x.reshape(batch, heads, kv_heads * folded // heads, *rest)
 
 
+def _dense_meetings(plan: Plan, own: tuple[Tensor, Tensor], outside: tuple[Tensor | None, Tensor | None]
+                    ) -> Iterator[tuple[Meeting, tuple[Tensor, Tensor]]]:
+    """Blocks in which every query sees every key, and where their keys and values are."""
+    yield from ((block, own) for block in plan.earlier)
+    yield from ((block, own if outside[0] is None else outside) for block in plan.trunk)
+
+
 class _PrefixAttention(torch.autograd.Function):
     """Forward and backward over all blocks of a plan; trunk K and V from the stream or from outside."""
 
@@ -92,14 +101,13 @@ class _PrefixAttention(torch.autograd.Function):
         lse = torch.full(q.shape[:2], float("-inf"), device=q.device,
                          dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         for block in plan.causal:
-            keys, values = (_take(x, block).repeat_interleave(groups, 1) for x in (k, v))
-            part, part_lse = attend(_take(q, block), keys, values, True)
-            out[block.rows], lse[block.rows] = _give(part, block), _give(part_lse, block)
-        outside = trunk_k is not None
-        source_k, source_v = (trunk_k, trunk_v) if outside else (k, v)
-        for block in plan.trunk:
+            keys, values = (_take(x, block.keys).repeat_interleave(groups, 1) for x in (k, v))
+            part, part_lse = attend(_take(q, block.queries), keys, values, True)
+            rows = block.queries.rows
+            out[rows], lse[rows] = _give(part, block.queries), _give(part_lse, block.queries)
+        for block, (keys, values) in _dense_meetings(plan, (k, v), (trunk_k, trunk_v)):
             part, part_lse = attend(fold(_take(q, block.queries), k.shape[1]),
-                                    _take(source_k, block.keys), _take(source_v, block.keys), False)
+                                    _take(keys, block.keys), _take(values, block.keys), False)
             part = _give(unfold(part, q.shape[1]), block.queries)
             part_lse = _give(unfold(part_lse, q.shape[1]), block.queries)
             rows = block.queries.rows
@@ -117,23 +125,22 @@ class _PrefixAttention(torch.autograd.Function):
         heads, kv_heads = q.shape[1], k.shape[1]
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         for block in ctx.plan.causal:
-            keys, values = (_take(x, block).repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-            parts = attend_backward(_real(_take(grad, block), block), _take(q, block), keys, values,
-                                    _take(out, block), _take(lse, block), True)
-            dq.index_add_(0, block.rows, _give(parts[0], block))
+            queries = block.queries
+            keys, values = (_take(x, block.keys).repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+            parts = attend_backward(_real(_take(grad, queries), queries), _take(q, queries), keys, values,
+                                    _take(out, queries), _take(lse, queries), True)
+            dq.index_add_(0, queries.rows, _give(parts[0], queries))
             for total, part in ((dk, parts[1]), (dv, parts[2])):
                 summed = part.view(part.shape[0], kv_heads, -1, *part.shape[2:]).sum(2)
-                total.index_add_(0, block.rows, _give(summed, block))
-        outside = trunk_k is not None
-        source_k, source_v = (trunk_k, trunk_v) if outside else (k, v)
-        for block in ctx.plan.trunk:
+                total.index_add_(0, block.keys.rows, _give(summed, block.keys))
+        for block, (keys, values) in _dense_meetings(ctx.plan, (k, v), (trunk_k, trunk_v)):
+            queries = block.queries
             parts = attend_backward(
-                fold(_real(_take(grad, block.queries), block.queries), kv_heads),
-                fold(_take(q, block.queries), kv_heads), _take(source_k, block.keys),
-                _take(source_v, block.keys), fold(_take(out, block.queries), kv_heads),
-                fold(_take(lse, block.queries), kv_heads), False)
-            dq.index_add_(0, block.queries.rows, _give(unfold(parts[0], heads), block.queries))
-            if not outside:
+                fold(_real(_take(grad, queries), queries), kv_heads), fold(_take(q, queries), kv_heads),
+                _take(keys, block.keys), _take(values, block.keys), fold(_take(out, queries), kv_heads),
+                fold(_take(lse, queries), kv_heads), False)
+            dq.index_add_(0, queries.rows, _give(unfold(parts[0], heads), queries))
+            if keys is k:
                 dk.index_add_(0, block.keys.rows, _give(parts[1], block.keys))
                 dv.index_add_(0, block.keys.rows, _give(parts[2], block.keys))
         return dq, dk, dv, None, None, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,34 @@ from torch import Tensor
 
 PADDING_LIMIT = 1.25
 """A causal block may hold at most this many times its real tokens."""
+
+
+class Span(NamedTuple):
+    """Query rows ``start`` to ``stop`` and what they attend to, in rows.
+
+    A whole span of the stream by default. Where queries are only some rows of a longer stream of keys (context
+    parallelism), a piece of a span: its own keys start at ``key`` of the key stream, and the span that it is a
+    piece of at ``first``.
+    """
+
+    start: int
+    stop: int
+    trunk_start: int = 0
+    trunk_stop: int = 0
+    first: int | None = None
+    key: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Query rows."""
+        return self.stop - self.start
+
+    @property
+    def keys(self) -> tuple[int, int]:
+        """Key rows of the span up to the piece's last row: (first, stop)."""
+        if self.key is None:
+            return self.start, self.stop
+        return self.first, self.key + self.length
 
 
 @dataclass(frozen=True)
@@ -43,8 +72,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class TrunkBlock:
-    """Leaves of several trunks of one length: queries [B, Q] against keys [B, P]."""
+class Meeting:
+    """Queries [B, Q] against keys [B, K], row by row of the rectangles."""
 
     queries: Block
     keys: Block
@@ -54,36 +83,55 @@ class TrunkBlock:
 class Plan:
     """All blocks of one stream."""
 
-    causal: tuple[Block, ...]
-    """Spans against themselves."""
-    trunk: tuple[TrunkBlock, ...]
+    causal: tuple[Meeting, ...]
+    """Pieces against themselves."""
+    earlier: tuple[Meeting, ...]
+    """Pieces against the rows of their span before them; none where queries are the whole stream."""
+    trunk: tuple[Meeting, ...]
     """Leaves against their trunks."""
     tokens: int
+    """Query rows."""
 
     @classmethod
-    def build(cls, spans: Sequence[tuple[int, int, int, int]], tokens: int, device: torch.device) -> Plan:
+    def build(cls, spans: Sequence[tuple[int, ...]], tokens: int, device: torch.device) -> Plan:
         """Sort spans (see ``reference.prefix_attention``) into blocks."""
-        by_length = sorted(((start, stop) for start, stop, *_ in spans), key=lambda s: s[1] - s[0], reverse=True)
-        causal, line, real = [], [], 0
-        for start, stop in by_length:
-            longest = line[0][1] - line[0][0] if line else 0
-            if line and longest * (len(line) + 1) > PADDING_LIMIT * (real + stop - start):
-                causal.append(line)
-                line, real = [], 0
-            line.append((start, stop))
-            real += stop - start
-        if line:
-            causal.append(line)
-        members = defaultdict(list)
-        for start, stop, trunk_start, trunk_stop in spans:
-            if trunk_stop > trunk_start:
-                members[trunk_start, trunk_stop].append(np.arange(start, stop))
-        by_trunk_length = defaultdict(list)
-        for (trunk_start, trunk_stop), leaves in members.items():
-            by_trunk_length[trunk_stop - trunk_start].append((trunk_start, np.concatenate(leaves)))
-        trunk = tuple(
-            TrunkBlock(Block.build([rows for _, rows in group], device),
-                       Block.build([np.arange(start, start + length) for start, _ in group], device))
-            for length, group in by_trunk_length.items())
-        blocks = tuple(Block.build([np.arange(*s) for s in line], device) for line in causal)
-        return cls(blocks, trunk, tokens)
+        pieces = [Span(*span) for span in spans]
+        causal = [_causal(line, device) for line in _lines(pieces)]
+        trunk_members, earlier_members = defaultdict(list), defaultdict(list)
+        for piece in pieces:
+            first, stop = piece.keys
+            own = np.arange(piece.start, piece.stop)
+            if piece.trunk_stop > piece.trunk_start:
+                trunk_members[piece.trunk_start, piece.trunk_stop].append(own)
+            if stop - first > piece.length:
+                earlier_members[first, stop - piece.length].append(own)
+        return cls(tuple(causal), _dense(earlier_members, device), _dense(trunk_members, device), tokens)
+
+
+def _lines(pieces: Sequence[Span]) -> list[list[Span]]:
+    """Pieces of similar length together, longest first."""
+    lines, line, real = [], [], 0
+    for piece in sorted(pieces, key=lambda p: p.length, reverse=True):
+        if line and line[0].length * (len(line) + 1) > PADDING_LIMIT * (real + piece.length):
+            lines.append(line)
+            line, real = [], 0
+        line.append(piece)
+        real += piece.length
+    return [*lines, line] if line else lines
+
+
+def _causal(line: Sequence[Span], device: torch.device) -> Meeting:
+    queries = Block.build([np.arange(p.start, p.stop) for p in line], device)
+    if all(p.key is None for p in line):
+        return Meeting(queries, queries)
+    return Meeting(queries, Block.build([np.arange(p.keys[1] - p.length, p.keys[1]) for p in line], device))
+
+
+def _dense(members: dict[tuple[int, int], list[np.ndarray]], device: torch.device) -> tuple[Meeting, ...]:
+    """Ranges of keys with the queries that see all of them, ranges of equal length in one block."""
+    by_length = defaultdict(list)
+    for (start, stop), queries in members.items():
+        by_length[stop - start].append((start, np.concatenate(queries)))
+    return tuple(Meeting(Block.build([rows for _, rows in group], device),
+                         Block.build([np.arange(start, start + length) for start, _ in group], device))
+                 for length, group in by_length.items())

@@ -1,0 +1,159 @@
+"""Every layout trains the very same experts as one rank (float64).
+
+On replayed rollouts an OPD step (native and cross batches) has the same gradients within 1e-9, the same adapters
+within 1e-8 and the same metrics. Runs that sample freely, from images and videos, give identical tokens. Ranks are
+forked once per world size and walk through its layouts.
+"""
+import functools
+
+import pytest
+import torch
+
+from copd_megatron.config.parallel import ParallelConfig
+from support.ranks import run_ranks
+from support.replay import one_step
+from support.tiny_models import tiny_model
+from support.toy_run import run_steps, toy_config
+
+STEP = 1
+"""Of three OPD steps; the first and the last also measure agreement, which is not compared here."""
+TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
+
+COMPLETION = {"scope": "completion", "first_layer": 1}
+VARIANTS = {
+    "sequence": {},
+    "sequence, split, selective, minibatches, topk": {
+        "optimizer": {"microbatch_tokens": 44}, "adapter": {"first_layer": 2}, "model": {"recompute": "selective"},
+        "rlvr": {"minibatches_per_rollout": 2}, "opd": {"signal": "topk", "topk": 8}},
+    "sequence, split, full": {"optimizer": {"microbatch_tokens": 44}, "model": {"recompute": "full"}},
+    "completion, full": {"adapter": COMPLETION, "model": {"recompute": "full"}},
+    "completion, split, full vocabulary": {
+        "optimizer": {"microbatch_tokens": 36}, "adapter": COMPLETION, "opd": {"signal": "full"}},
+    "naive": {"model": {"prefix_sharing": False, "attention": "reference"}, "adapter": {"scope": "completion"}},
+}
+S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, NAIVE = VARIANTS
+
+LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is left
+    2: [({"tensor": 2}, C_SPLIT), ({"tensor": 2, "sequence_parallel": True}, S), ({"context": 2}, S),
+        ({"context": 2}, C_FULL), ({"pipeline": 2}, S_FULL), ({}, SELECTIVE)],
+    3: [({}, C_SPLIT), ({"pipeline": 3}, SELECTIVE)],
+    4: [({"context": 4}, C_SPLIT), ({"tensor": 2, "context": 2, "sequence_parallel": True}, C_SPLIT),
+        ({"tensor": 2, "context": 2}, NAIVE), ({"pipeline": 2, "context": 2}, SELECTIVE),
+        ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, C_FULL),
+        ({"tensor": 2, "sequence_parallel": True}, SELECTIVE), ({}, S), ({"pipeline": 2}, C_SPLIT)],
+    6: [({"pipeline": 2}, S_FULL), ({"context": 2}, SELECTIVE), ({"tensor": 2, "sequence_parallel": True}, NAIVE)],
+    8: [({"tensor": 2, "pipeline": 2, "context": 2, "sequence_parallel": True}, S_FULL),
+        ({"tensor": 2, "pipeline": 2, "context": 2}, C_FULL), ({"context": 8}, S),
+        ({"tensor": 2, "context": 2, "sequence_parallel": True}, C_FULL), ({"pipeline": 2, "context": 2}, C_SPLIT),
+        ({"tensor": 2, "pipeline": 2}, SELECTIVE)],
+}
+CASES = [(world, number) for world, layouts in LAYOUTS.items() for number in range(len(layouts))]
+
+
+def _config(variant, parallel):
+    merged = {"model": {"path": str(tiny_model("qwen3", num_hidden_layers=3)), "dtype": "float64"},
+              "adapter": {"rank": 3, "alpha": 6.0, "targets": TARGETS},
+              "optimizer": {"lr": 1e-2, "warmup_steps": 2, "microbatch_tokens": 200},
+              "rollout": {"prompts_per_step": 2, "group_size": 2, "max_completion_tokens": 3},
+              "schedule": {"cycles": 1, "rl_steps": 0, "opd_steps": 3}, "metrics": {"rollouts": False}}
+    for name, section in VARIANTS[variant].items():
+        merged[name] = {**merged.get(name, {}), **section}
+    return toy_config("qwen3", **merged, parallel=parallel)
+
+
+@pytest.fixture(scope="module")
+def truth(tmp_path_factory):
+    """Variant -> what one rank makes of it, with the rollouts it sampled."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    configs = {variant: _config(variant, {}) for variant in VARIANTS}
+    return run_ranks(1, lambda: {v: one_step(c, folder, STEP) for v, c in configs.items()}, timeout_s=240)[0]
+
+
+@pytest.fixture(scope="module")
+def outcomes(truth, tmp_path_factory):
+    """World size -> number of the layout -> what each rank found."""
+    folder = tmp_path_factory.mktemp("many_ranks")
+
+    def walk(runs):
+        return [one_step(config, folder, STEP, recording) | {"recording": None} for config, recording in runs]
+
+    @functools.cache
+    def of_world(world):
+        runs = [(_config(variant, parallel), truth[variant]["recording"]) for parallel, variant in LAYOUTS[world]]
+        return list(zip(*run_ranks(world, walk, runs, timeout_s=280)))
+
+    return of_world
+
+
+def _whole(ranks, what):
+    """Expert -> factors, from the ranks that speak for it; several must agree to the bit."""
+    whole = {}
+    for rank in ranks:
+        for expert, factors in rank[what].items():
+            if factors:
+                assert expert not in whole or all(torch.equal(whole[expert][n], factors[n]) for n in factors)
+                whole[expert] = factors
+    return whole
+
+
+def test_there_are_enough_layouts():
+    assert len(CASES) >= 24 and max(LAYOUTS) == 8
+    used = {(tuple(sorted(parallel.items())), world, variant) for world, layouts in LAYOUTS.items()
+            for parallel, variant in layouts}
+    assert len(used) == len(CASES)
+
+
+@pytest.mark.parametrize(("world", "number"), CASES, ids=lambda v: str(v))
+def test_layout_equals_one_rank(world, number, truth, outcomes):
+    _, variant = LAYOUTS[world][number]
+    ranks, want = outcomes(world)[number], truth[variant]
+    for what, tolerance in (("gradients", 1e-9), ("adapters", 1e-8)):
+        got = _whole(ranks, what)
+        assert got.keys() == want[what].keys()
+        for expert, factors in want[what].items():
+            assert got[expert].keys() == factors.keys()
+            for name, factor in factors.items():
+                torch.testing.assert_close(got[expert][name], factor, rtol=0, atol=tolerance,
+                                           msg=f"{what} {expert} {name}")
+    for rank in ranks:
+        assert rank["metrics"].keys() == ranks[0]["metrics"].keys()
+        for name, value in want["metrics"].items():
+            if not name.startswith(("time/", "tokens/", "memory/")) and "/idle/" not in name:
+                assert rank["metrics"][name] == pytest.approx(value, rel=1e-7, abs=1e-9), name
+
+
+def test_the_step_moves_every_factor(truth):
+    for variant, result in truth.items():
+        assert all(float(g.abs().max()) > 1e-5 for own in result["gradients"].values() for g in own.values()), variant
+        assert any(name.startswith("edge/") for name in result["metrics"])
+
+
+def test_groups_are_split_where_the_name_says_so(truth):
+    """A part of a group evaluates the prompt again."""
+    for one, other in ((S, S_FULL), (C_FULL, C_SPLIT)):
+        assert truth[one]["recording"].keys() == truth[other]["recording"].keys()
+        assert truth[other]["metrics"]["tokens/update"] > truth[one]["metrics"]["tokens/update"]
+
+
+@pytest.mark.parametrize("parallel", [{"pipeline": 2, "context": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
+def test_free_sampling_gives_identical_tokens(parallel, tmp_path, free_truth):
+    config, want = free_truth
+    config = config.model_copy(update={"parallel": ParallelConfig(**parallel)})
+    for got in run_ranks(4, run_steps, config, tmp_path, timeout_s=240):
+        assert got["tokens"] == want["tokens"]
+        for expert, factors in want["adapters"].items():
+            for name, factor in factors.items():
+                torch.testing.assert_close(got["adapters"][expert][name], factor, rtol=0, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def free_truth(tmp_path_factory):
+    """A run that samples images and videos freely, and what one rank makes of it."""
+    config = toy_config(rollout={"prompts_per_step": 2, "group_size": 3, "max_completion_tokens": 5},
+                        adapter={"rank": 3, "alpha": 6.0, "first_layer": 1}, metrics={"rollouts": False})
+    want = run_ranks(1, run_steps, config, tmp_path_factory.mktemp("free"))[0]
+    assert len(want["tokens"]) == 2 and all(want["tokens"])
+    assert any(edge for _, edge, _, _ in want["tokens"][1])
+    for expert, factors in want["adapters"].items():
+        assert max(f.abs().max() for n, f in factors.items() if n.endswith("lora_B")) > 1e-3, expert
+    return config, want
