@@ -82,7 +82,7 @@ def test_metadata_says_what_is_needed(wheel):
     text = archive.read(f"copd_megatron-{__version__}.dist-info/METADATA").decode()
     assert "Requires-Python: ~=3.12" in text
     assert "License-Expression: Apache-2.0" in text
-    for extra in ("te", "vllm", "resiliency", "wandb", "test", "bench"):
+    for extra in ("te", "vllm", "resiliency", "wandb", "test"):
         assert f"Provides-Extra: {extra}\n" in text
     for line in text.splitlines():
         assert not line.startswith("Requires-Dist") or "://" not in line, line

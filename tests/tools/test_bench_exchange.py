@@ -1,27 +1,27 @@
 """The exchange benchmark: what it writes, that its bytes are those of the format, and that it looks at what arrives."""
 import importlib.util
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from copd_megatron.exchange.payload import Codec
-from copd_megatron.parallel.groups import shutdown_distributed
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench_exchange.py"
 SMALL = ["--vocabulary", "600", "--topk", "4", "--tokens", "200", "--hidden", "8", "--rank", "2", "--repeats", "1",
          "--ranks", "2"]
 
 
-@pytest.fixture(autouse=True)
-def no_world():
-    """The tool forks its ranks, which must not inherit a process group that another test left."""
-    parallel_state.destroy_model_parallel()
-    shutdown_distributed()
+def run(arguments, before: str = "") -> subprocess.CompletedProcess:
+    """The tool in an interpreter of its own: it forks its ranks, which must not inherit threads and process groups of
+    other tests. ``before``: code that runs when ``bench_exchange`` has been imported."""
+    code = f"import sys; sys.path.insert(0, {str(TOOL.parent)!r}); import bench_exchange as bench\n{before}\n" \
+           f"sys.exit(bench.main({arguments!r}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +34,10 @@ def bench():
         del sys.modules[name]
 
 
-def test_rows_say_what_moved_and_how_long_it_took(bench, tmp_path, capsys):
+def test_rows_say_what_moved_and_how_long_it_took(tmp_path):
     file = tmp_path / "new" / "exchange.json"
-    assert bench.main([*SMALL, "--experts", "2", "3", "--topologies", "hub", "full", "--json", str(file)]) == 0
+    done = run([*SMALL, "--experts", "2", "3", "--topologies", "hub", "full", "--json", str(file)])
+    assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     rows = result["rows"]
     assert len(rows) == 2 * (2 * 2 + 3)
@@ -56,21 +57,26 @@ def test_rows_say_what_moved_and_how_long_it_took(bench, tmp_path, capsys):
     # e0 and e1 teach each other; of three experts e0 and e1 share a replica, so that hub and full differ.
     assert [row["step_bytes"] / row["adapter_bytes"] for row in gathered] == [2, 2, 2, 3]
     assert result["machine"]["cores"] and result["arguments"]["topk"] == 4 and result["exponents"]
-    assert "bytes grow as" in capsys.readouterr().out
+    assert "bytes grow as" in done.stdout
 
 
-def test_what_arrives_is_compared_with_the_dense_distribution(bench, monkeypatch, capsys):
-    draw = bench.World.draw
+OFF = """
+from dataclasses import replace
+draw = bench.World.draw
 
-    def off(*args):
-        world = draw(*args)
-        wrong = world.scored_topk_MK.clone()
-        wrong[:, 1] += 0.05
-        return replace(world, scored_topk_MK=wrong)
+def off(*args):
+    world = draw(*args)
+    wrong = world.scored_topk_MK.clone()
+    wrong[:, 1] += 0.05
+    return replace(world, scored_topk_MK=wrong)
 
-    monkeypatch.setattr(bench.World, "draw", off)
-    assert bench.main([*SMALL, "--experts", "2", "--signals", "topk", "--topologies", "ring"]) == 1
-    assert "off the dense one" in capsys.readouterr().err
+bench.World.draw = off
+"""
+
+
+def test_what_arrives_is_compared_with_the_dense_distribution():
+    done = run([*SMALL, "--experts", "2", "--signals", "topk", "--topologies", "ring"], OFF)
+    assert done.returncode == 1 and "off the dense one" in done.stderr
 
 
 def test_the_fit_finds_the_exponent(bench):
