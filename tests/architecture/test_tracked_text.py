@@ -59,10 +59,10 @@ def test_no_file_is_large(tracked):
         ("'/Users/" + "bob'", True),
         ("(/wo" + "rk/main)", True),
         ("docs/home/page", False),
-        ("https://a.b/root/x", False),
-        ("~/work/x", False),
+        ("https://a.b/ro" + "ot/x", False),
+        ("~/wo" + "rk/x", False),
         ("/data/backbone", False),
-        ("../work/x", False),
+        ("../wo" + "rk/x", False),
     ],
 )
 def test_the_pattern_itself(text, found):
