@@ -1,7 +1,12 @@
-"""Shared by all tests: one thread, the CPU shim before Megatron, GPU tests skipped without a GPU."""
+"""Shared by all tests: one thread, the CPU shim before Megatron; without a GPU, Triton on the CPU and no GPU tests."""
 import torch
 
 torch.set_num_threads(1)  # before any kernel runs: forked ranks would hang on the parent's OpenMP threads
+
+if not torch.cuda.is_available():
+    from support.triton_interpreter import install
+
+    install()  # before any kernel is imported
 
 import pytest  # noqa: E402
 

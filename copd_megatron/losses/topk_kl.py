@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from copd_kernels.topk_kl.reference import topk_divergence as reference_divergence
+from copd_kernels.backend import Backend, implementation
 
 MASS_TOLERANCE = 0.05
 """How far the teacher's masses may be from summing to 1: bfloat16 log-probs miss by about 0.01."""
@@ -32,7 +32,7 @@ def log_tail(logprobs_TK: Tensor) -> Tensor:
 
 def topk_divergence(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, teacher_log_tail_T: Tensor,
                     kind: Literal["reverse", "forward", "jsd"] = "reverse",
-                    jsd_weight: float = 0.5) -> Tensor:
+                    jsd_weight: float = 0.5, kernels: Backend = "reference") -> Tensor:
     """Divergence per token on the K ids plus tail, in nats.
 
     Args:
@@ -44,6 +44,7 @@ def topk_divergence(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, te
             penalty to ``reverse``.
         kind: reverse KL(student || teacher), forward KL(teacher || student), or jsd.
         jsd_weight: the teacher's share of the Jensen-Shannon mixture, in (0, 1).
+        kernels: what evaluates it.
 
     Returns:
         [T] in the student's dtype, >= 0 up to rounding; neither masked nor reduced.
@@ -61,8 +62,8 @@ def topk_divergence(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, te
     if not bool((error_T < MASS_TOLERANCE).all()):
         raise ValueError(f"teacher_log_tail_T: masses miss 1 by {float(error_T.max()):.3f}; head and tail "
                          "must sum to 1, the tail as a natural logarithm")
-    return reference_divergence(student_logprobs_TK, teacher_logprobs_TK, teacher_log_tail_T, kind,
-                                jsd_weight)
+    divergence = implementation("topk_kl", kernels).topk_divergence
+    return divergence(student_logprobs_TK, teacher_logprobs_TK, teacher_log_tail_T, kind, jsd_weight)
 
 
 def topk_overlap(student_ids_TK: Tensor, teacher_ids_TK: Tensor) -> Tensor:

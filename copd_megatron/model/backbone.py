@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from copd_kernels.backend import resolve
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.attention import KV, StreamAttention
@@ -70,6 +71,10 @@ class Backbone(nn.Module):
         self.config = transformer_config(spec, groups, self.dtype)
         self.rules = PackRules(adapter.scope, adapter.first_layer, model.prefix_sharing)
         self.backend = "flash" if model.attention == "auto" else model.attention
+        try:
+            self.kernels = resolve(model.kernels, device(), self.dtype)
+        except ValueError as error:
+            raise UserError(f"model.kernels: {error}") from None
         self.layer_range = stage_layers(spec.num_layers, groups.layout.pp, groups.coords.pp)
         self.share = _row_share(groups)
         adapter_dtype = torch.promote_types(self.dtype, torch.float32)
@@ -97,7 +102,7 @@ class Backbone(nn.Module):
         shard = self.output_weight.shape[0]
         group = self.groups.tp if self.groups.layout.tp > 1 else None
         return Head(self.output_weight, self.groups.coords.tp * shard, self.spec.vocab_size, group,
-                    self.model_config.head_chunk_tokens)
+                    self.model_config.head_chunk_tokens, self.kernels)
 
     def set_input_tensor(self, tensor: Tensor | list[Tensor | None] | None) -> None:
         """What Megatron's pipeline schedule received from the previous stage, [T, 1, H]."""

@@ -18,17 +18,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.special import entr
 
+from copd_kernels.backend import Backend, implementation
 from copd_kernels.linear_logprob.reference import (
     ShardScores,
     block_logits,
     hidden_gradient,
-    linear_logprob,
-    linear_logprob_backward,
     math_dtype,
-    pick_logits,
     shard_entropy_,
 )
-from copd_kernels.vocab_topk.reference import merge_topk, vocab_topk
+from copd_kernels.vocab_topk.reference import merge_topk
 
 DivergenceKind = Literal["reverse", "forward", "jsd"]
 """reverse: KL(student || teacher); forward: KL(teacher || student); jsd: generalised Jensen-Shannon."""
@@ -51,6 +49,8 @@ class Head:
     """The tensor-parallel group; None: the shard is the whole vocabulary."""
     chunk_tokens: int = 2048
     """Tokens whose logits exist at one time."""
+    kernels: Backend = "reference"
+    """What evaluates them."""
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or not self.weight.is_floating_point():
@@ -185,8 +185,9 @@ class _Score(torch.autograd.Function):
         if grad_TJ is None and grad_entropy_T is None:
             return (None,) * 6
         grad_TH = torch.empty(hidden_TH.shape, dtype=math_dtype(hidden_TH), device=hidden_TH.device)
+        backward = implementation("linear_logprob", ctx.head.kernels).linear_logprob_backward
         for rows in _chunks(len(hidden_TH), ctx.head.chunk_tokens):
-            grad_TH[rows] = linear_logprob_backward(
+            grad_TH[rows] = backward(
                 hidden_TH[rows], ctx.head.real_weight, ids_TJ[rows], ctx.temperature, lse_T[rows],
                 None if grad_TJ is None else grad_TJ[rows], None if entropy_T is None else entropy_T[rows],
                 None if grad_entropy_T is None else grad_entropy_T[rows])
@@ -275,11 +276,12 @@ def _shard_scores(hidden_TH: Tensor, head: Head, ids_TJ: Tensor, temperature: fl
     entropy_T = torch.empty(tokens, **like) if entropy else None
     values_TK = torch.empty(tokens, topk, **like) if topk else None
     topk_ids_TK = torch.empty(tokens, topk, dtype=torch.int64, device=hidden_TH.device) if topk else None
+    vocab_topk = implementation("vocab_topk", head.kernels).vocab_topk
+    linear_logprob = implementation("linear_logprob", head.kernels).linear_logprob
     for rows in _chunks(tokens, head.chunk_tokens):
         if topk:
             logits_TV = block_logits(hidden_TH[rows], weight, temperature)
-            values_TK[rows], topk_ids_TK[rows], lse_T[rows] = vocab_topk(logits_TV, topk)
-            picked_TJ[rows] = pick_logits(logits_TV, ids_TJ[rows])
+            values_TK[rows], topk_ids_TK[rows], lse_T[rows], picked_TJ[rows] = vocab_topk(logits_TV, topk, ids_TJ[rows])
             block_entropy_T = shard_entropy_(logits_TV, lse_T[rows]) if entropy else None
         else:
             lse_T[rows], block_entropy_T, picked_TJ[rows] = linear_logprob(

@@ -161,7 +161,7 @@ class Objective:
             if kind == "topk":
                 value = topk_divergence(at_logprobs_NK[index], torch.cat([s.topk_logprobs_TK for s in signals]),
                                         torch.cat([s.log_tail_T for s in signals]), self.opd.divergence,
-                                        self.opd.jsd_weight)
+                                        self.opd.jsd_weight, self.backbone.kernels)
             else:
                 value = full_divergence(hidden_NH[index], torch.cat([s.hidden_TH for s in signals]),
                                         self.backbone.head, self.opd.divergence, temperature=self.temperature,

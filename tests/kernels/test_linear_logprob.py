@@ -2,7 +2,10 @@
 import pytest
 import torch
 
+from copd_kernels.linear_logprob import triton_impl
 from copd_kernels.linear_logprob.reference import linear_logprob, linear_logprob_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 TOKENS, HIDDEN, VOCAB, IDS = 7, 5, 11, 3
 
@@ -61,3 +64,55 @@ def test_bfloat16_inputs_are_multiplied_in_float32(case):
     logits = hidden.detach().double() @ weight.double().T
     assert found.lse_T.dtype == torch.float32
     torch.testing.assert_close(found.picked_TK.double(), logits.gather(1, ids), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def narrow_blocks(monkeypatch):
+    """Rows of many blocks without many columns."""
+    monkeypatch.setattr(triton_impl, "BLOCK", 8)
+
+
+@pytest.mark.parametrize("vocab", [1, 8, 29])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_triton_scores_equal_float64(vocab, entropy, narrow_blocks):
+    torch.manual_seed(vocab)
+    hidden, weight = (3 * torch.randn(n, HIDDEN) for n in (TOKENS, vocab))
+    ids = torch.randint(-3, vocab + 3, (TOKENS, IDS))
+    found = triton_impl.linear_logprob(*(x.to(DEVICE) for x in (hidden, weight, ids)), 0.7, entropy)
+    wanted = linear_logprob(hidden.double(), weight.double(), ids, 0.7, entropy)
+    for ours, theirs in zip(found, wanted):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours.double().cpu(), theirs, rtol=2e-6, atol=2e-5)
+
+
+@pytest.mark.parametrize("what", ["picked", "entropy", "both"])
+@pytest.mark.parametrize("cuts", [[0, 29], [0, 9, 9, 29]])
+def test_triton_gradients_equal_float64(what, cuts, narrow_blocks):
+    """Over shards, one of them empty, with an id given twice and ids of other shards."""
+    torch.manual_seed(1)
+    vocab = cuts[-1]
+    hidden, weight = torch.randn(TOKENS, HIDDEN), torch.randn(vocab, HIDDEN)
+    ids = torch.randint(0, vocab, (TOKENS, IDS))
+    ids[:, 2] = ids[:, 0]
+    picked, slope = torch.randn(TOKENS, IDS), torch.randn(TOKENS)
+    truth = linear_logprob(hidden.double(), weight.double(), ids, 0.8, entropy=True)
+
+    def gradient(implementation, dtype):
+        given = None if what == "entropy" else picked.to(DEVICE, dtype)
+        slopes = None if what == "picked" else slope.to(DEVICE, dtype)
+        return sum(implementation(hidden.to(DEVICE, dtype), weight[a:b].to(DEVICE, dtype), (ids - a).to(DEVICE), 0.8,
+                                  truth.lse_T.to(DEVICE, dtype), given, truth.entropy_T.to(DEVICE, dtype), slopes)
+                   for a, b in zip(cuts, cuts[1:]))
+
+    torch.testing.assert_close(gradient(triton_impl.linear_logprob_backward, torch.float32).double(),
+                               gradient(linear_logprob_backward, torch.float64), rtol=1e-5, atol=1e-5)
+
+
+def test_triton_takes_no_tokens_and_no_float64():
+    none = torch.empty(0, HIDDEN, device=DEVICE)
+    weight, ids = torch.ones(4, HIDDEN, device=DEVICE), torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
+    assert triton_impl.linear_logprob(none, weight, ids).picked_TK.shape == (0, 2)
+    assert triton_impl.linear_logprob_backward(none, weight, ids, 1.0, none[:, 0], none[:, :2]).shape == (0, HIDDEN)
+    with pytest.raises(ValueError, match="model.kernels=reference"):
+        triton_impl.linear_logprob(none.double(), weight, ids)

@@ -2,8 +2,10 @@
 import pytest
 import torch
 
+from copd_kernels.topk_kl import triton_impl
 from copd_kernels.topk_kl.reference import topk_divergence
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["reverse", "forward", "jsd"]
 
 
@@ -50,3 +52,45 @@ def test_a_student_tail_without_mass_adds_exactly_nothing():
 def test_unknown_kind():
     with pytest.raises(ValueError, match="reverse, forward or jsd"):
         topk_divergence(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), "kl")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("vocab", "k"), [(7, 1), (30, 5), (40, 40)])
+def test_triton_equals_float64_in_value_and_gradient(kind, vocab, k):
+    torch.manual_seed(k)
+    logits, teacher = 2 * torch.randn(2, 6, vocab, dtype=torch.float64)
+    ids = teacher.topk(k, 1).indices
+    teacher = teacher.log_softmax(1)
+    tail = (1 - teacher.gather(1, ids).exp().sum(1)).clamp_min(0).log()
+    if k == vocab:
+        tail = torch.full_like(tail, -torch.inf)
+    weight = torch.randn(6, dtype=torch.float64)
+
+    def outcome(implementation, dtype):
+        # By the logits: at k = V the gradients of the log-probs hold a multiple of p, rounding noise that softmax ends.
+        x = logits.to(DEVICE, dtype).requires_grad_()
+        student = x.log_softmax(1).gather(1, ids.to(DEVICE))
+        value = implementation(student, teacher.gather(1, ids).to(DEVICE, dtype), tail.to(DEVICE, dtype), kind, 0.3)
+        return value.detach().double(), torch.autograd.grad(value, x, weight.to(DEVICE, dtype))[0].double()
+
+    for ours, theirs in zip(outcome(triton_impl.topk_divergence, torch.float32),
+                            outcome(topk_divergence, torch.float64)):
+        torch.testing.assert_close(ours, theirs, rtol=3e-5, atol=2e-5 if k == vocab else 3e-6)
+
+
+def test_triton_at_its_limits():
+    """More mass than 1, no teacher's tail, no tokens, another dtype."""
+    student, teacher = torch.tensor([[0.75, 0.25 + 1e-3]]).log(), torch.tensor([[0.25, 0.5]]).log()
+    for kind in KINDS:
+        for tail in (-torch.inf, -1.4):
+            pair = [(s := student.clone().to(DEVICE).requires_grad_(),
+                     f(s, teacher.to(DEVICE), torch.tensor([tail], device=DEVICE), kind))
+                    for f in (triton_impl.topk_divergence, topk_divergence)]
+            torch.testing.assert_close(pair[0][1], pair[1][1])
+            torch.testing.assert_close(*(torch.autograd.grad(value, s)[0] for s, value in pair))
+    none = torch.zeros(0, 2, device=DEVICE)
+    assert triton_impl.topk_divergence(none, none, none[:, 0]).shape == (0,)
+    with pytest.raises(ValueError, match="reverse, forward or jsd"):
+        triton_impl.topk_divergence(none, none, none[:, 0], "kl")
+    with pytest.raises(ValueError, match="model.kernels=reference"):
+        triton_impl.topk_divergence(none.double(), none, none[:, 0])

@@ -35,11 +35,11 @@ class Case:
         self.pull = normal(TOKENS, 2 + IDS)
         self.vocab = vocab
 
-    def head(self, chunk_tokens: int = 4, group: dist.ProcessGroup | None = None) -> Head:
+    def head(self, chunk_tokens: int = 4, group: dist.ProcessGroup | None = None, kernels: str = "reference") -> Head:
         ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         rows = len(self.weight) // ranks
         shard = self.weight[rank * rows:(rank + 1) * rows].clone()
-        return Head(shard, rank * rows, self.vocab, group, chunk_tokens)
+        return Head(shard, rank * rows, self.vocab, group, chunk_tokens, kernels)
 
     def scores_and_gradient(self, head: Head, temperature: float = 0.7, topk: int = 5) -> Found:
         hidden = self.hidden.clone().requires_grad_()
@@ -107,15 +107,16 @@ def test_full_divergence_and_gradient_equal_the_dense_reference(chunk_tokens, ki
     assert_same(case.divergence_and_gradient(case.head(chunk_tokens), kind), dense_divergence(case, kind))
 
 
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
 @pytest.mark.parametrize(("dtype", "head_dtype", "tolerance"), [
     (torch.float32, torch.float32, 1e-5),
     (torch.float32, torch.bfloat16, 1e-5),
     (torch.bfloat16, torch.bfloat16, 2e-2),
 ])
-def test_float32_and_bfloat16_heads(dtype, head_dtype, tolerance):
+def test_float32_and_bfloat16_heads(dtype, head_dtype, tolerance, kernels):
     case = Case(dtype=head_dtype)
     case.hidden, case.pull = case.hidden.to(dtype), case.pull.to(torch.float32)
-    found, wanted = case.scores_and_gradient(case.head()), dense_scores(case)
+    found, wanted = case.scores_and_gradient(case.head(kernels=kernels)), dense_scores(case)
     assert found["values"].dtype == torch.float32 and found["gradient"].dtype == dtype
     torch.testing.assert_close(found["values"].double(), wanted["values"], rtol=1e-5, atol=1e-5)
     gradients = found["gradient"].double(), wanted["gradient"]
@@ -203,8 +204,8 @@ def test_equal_logits_rank_by_lowest_id():
 RANK_CASES = {"even": (13, 16), "one rank holds only padding": (5, 12), "ties": (13, 16)}
 
 
-def rank_case(name: str) -> Case:
-    case = Case(3, *RANK_CASES[name])
+def rank_case(name: str, dtype: torch.dtype = torch.float64) -> Case:
+    case = Case(3, *RANK_CASES[name], dtype)
     if name == "ties":  # small integers: exact products, many equal logits within and across shards
         case.hidden, case.weight = case.hidden.sign(), case.weight.round()
     return case
@@ -218,12 +219,18 @@ def on_a_rank() -> dict[str, Any]:
             continue
         head = case.head(group=dist.group.WORLD)
         found[name] = [*everything(case, head), {"logits": shard_logits(case.hidden, head)}]
+    narrow = rank_case("ties", torch.float32)
+    if len(narrow.weight) % dist.get_world_size() == 0:
+        found["triton"] = narrow.scores_and_gradient(narrow.head(group=dist.group.WORLD, kernels="triton"), 1.0)
     return found
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_equal_one_rank(ranks):
     results = run_ranks(ranks, on_a_rank)
+    if ranks == 2:
+        for result in results:
+            assert_same(result.pop("triton"), dense_scores(rank_case("ties"), 1.0), 1e-5)
     assert set(results[0]) == set(RANK_CASES) - (set() if ranks == 2 else {"even", "ties"})
     for name in results[0]:
         case = rank_case(name)

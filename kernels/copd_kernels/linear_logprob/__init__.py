@@ -15,6 +15,7 @@ the hidden states; the sum over shards is the whole. The head is frozen: there i
 Math is float64 for float64 hidden states, else float32, also for bfloat16 inputs.
 
 FLOPs: forward 2 T H V, backward 4 T H V (logits are recomputed). Bytes: (T H + V H) x itemsize at least; the
-reference also holds two [T, V] tensors in the math dtype, which a fused form keeps on chip.
-Limits: T V < 2^31 elements; no gradient of a gradient; ids repeated in a row add up in any order on CUDA.
+reference also holds two [T, V] tensors in the math dtype, the Triton form one, which its backward overwrites.
+Limits: not float64 in Triton; T V < 2^31 elements; no gradient of a gradient; ids repeated in a row add up in any
+order in the reference on CUDA.
 """

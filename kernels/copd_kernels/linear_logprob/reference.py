@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from copd_kernels.vocab_topk.reference import pick_logits
+
 
 class ShardScores(NamedTuple):
     """What one vocabulary shard knows about a block of tokens; see the package's contract."""
@@ -45,15 +47,6 @@ def hidden_gradient(grad_logits_TV: Tensor, hidden_TH: Tensor, weight_VH: Tensor
         grad_logits_TV = grad_logits_TV.to(torch.bfloat16)
     grad_TH = _product(grad_logits_TV, weight_VH, math_dtype(hidden_TH))
     return grad_TH if temperature == 1.0 else grad_TH.div_(temperature)
-
-
-def pick_logits(logits_TV: Tensor, ids_TK: Tensor) -> Tensor:
-    """[T, K] logits at the ids; 0 where an id lies outside this shard's [0, V)."""
-    vocab = logits_TV.shape[1]
-    if vocab == 0:
-        return logits_TV.new_zeros(ids_TK.shape)
-    inside_TK = (ids_TK >= 0) & (ids_TK < vocab)
-    return logits_TV.gather(1, ids_TK.clamp(0, vocab - 1)).masked_fill_(~inside_TK, 0)
 
 
 def shard_entropy_(logits_TV: Tensor, lse_T: Tensor) -> Tensor:

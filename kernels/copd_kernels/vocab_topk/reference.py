@@ -1,9 +1,38 @@
 """The definition of vocab_topk in plain torch: ordered by (value descending, id ascending)."""
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 NO_ID = -1
 """Id of the places that a shard narrower than k cannot fill; their value is -inf."""
+
+
+class TopK(NamedTuple):
+    """What one read of the rows tells; see the package's contract."""
+
+    values_RK: Tensor
+    ids_RK: Tensor
+    lse_R: Tensor
+    picked_RJ: Tensor | None
+    """Logits at the ids asked for; None where none were."""
+
+
+def check_topk(logits_RV: Tensor, k: int, ids_RJ: Tensor | None) -> None:
+    """Raise ValueError for arguments that no implementation takes."""
+    if k < 1:
+        raise ValueError(f"k: {k}; at least 1")
+    if ids_RJ is not None and len(ids_RJ) != len(logits_RV):
+        raise ValueError(f"ids_RJ: {len(ids_RJ)} rows of ids for {len(logits_RV)} rows of logits; one each")
+
+
+def pick_logits(logits_RV: Tensor, ids_RJ: Tensor) -> Tensor:
+    """[R, J] logits at the ids; 0 where an id lies outside this shard's [0, V)."""
+    vocab = logits_RV.shape[1]
+    if vocab == 0:
+        return logits_RV.new_zeros(ids_RJ.shape)
+    inside_RJ = (ids_RJ >= 0) & (ids_RJ < vocab)
+    return logits_RV.gather(1, ids_RJ.clamp(0, vocab - 1)).masked_fill_(~inside_RJ, 0)
 
 
 def _largest_ids(logits_RV: Tensor, k: int) -> Tensor:
@@ -33,18 +62,21 @@ def merge_topk(values_RN: Tensor, ids_RN: Tensor, k: int) -> tuple[Tensor, Tenso
     return values_RN[:, :k].contiguous(), ids_RN.gather(1, order_RN)[:, :k].contiguous()
 
 
-def vocab_topk(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k largest logits per row, their ids, and the row's log-sum-exp.
+def vocab_topk(logits_RV: Tensor, k: int, ids_RJ: Tensor | None = None) -> TopK:
+    """The k largest logits per row, their ids, the row's log-sum-exp, and the logits at given ids.
 
     Args:
         logits_RV: [R, V] float32 or float64.
         k: >= 1; columns that do not exist (k > V) come back as -inf with id ``NO_ID``.
+        ids_RJ: [R, J] int64 columns to read besides, e.g. the sampled token's; one outside [0, V) gives 0.
 
     Returns:
-        values [R, k] descending, ids [R, k] int64, lse [R].
+        values [R, k] descending, ids [R, k] int64, lse [R], picked [R, J] or None.
+
+    Raises:
+        ValueError: k < 1, or another number of rows of ids.
     """
-    if k < 1:
-        raise ValueError(f"k: {k}; at least 1")
+    check_topk(logits_RV, k, ids_RJ)
     rows, vocab = logits_RV.shape
     lse_R = logits_RV.logsumexp(1)
     found = min(k, vocab)
@@ -53,4 +85,4 @@ def vocab_topk(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if found:
         ids = _largest_ids(logits_RV, found)
         values_RK[:, :found], ids_RK[:, :found] = merge_topk(logits_RV.gather(1, ids), ids, found)
-    return values_RK, ids_RK, lse_R
+    return TopK(values_RK, ids_RK, lse_R, None if ids_RJ is None else pick_logits(logits_RV, ids_RJ))

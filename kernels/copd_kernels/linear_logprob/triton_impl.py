@@ -1,0 +1,141 @@
+"""linear_logprob on a GPU: torch's matrix product, then one program per row of logits.
+
+The product is left to cuBLAS, which no hand-written one beats at these shapes (T x V x H with V of 10^5); what is
+fused is everything else. Forward: one read of the logits gives log-sum-exp, entropy and the picked logits (the
+reference reads them four times). Backward: the logits become their own gradient in place, in one read and one write.
+
+Entropy in one read: with s = sum exp(z - m) and u = sum (z - m) exp(z - m), H = log s - u / s; when the running
+maximum m rises by d, s and u become e^-d s and e^-d (u - d s).
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from copd_kernels.linear_logprob.reference import ShardScores, block_logits, hidden_gradient
+
+BLOCK = 4096
+"""Logits of a row that one program holds at a time."""
+
+
+@triton.jit
+def _scores(LOGITS, IDS, LSE, ENTROPY, PICKED, vocab, stride, picks,
+            ENTROPY_TOO: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * stride
+    place = tl.arange(0, BLOCK)
+    peak = float("-inf")
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, vocab, BLOCK):
+        x = tl.load(logits + start + place, mask=start + place < vocab, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, tl.max(x, 0))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # else -inf - -inf
+        mass = tl.exp(x - shift)
+        keep = tl.exp(peak - shift)
+        if ENTROPY_TOO:
+            moved = tl.where(total == 0.0, 0.0, weighted + (peak - shift) * total)
+            weighted = keep * moved + tl.sum(tl.where(mass == 0.0, 0.0, (x - shift) * mass), 0)
+        total = total * keep + tl.sum(mass, 0)
+        peak = higher
+    tl.store(LSE + row, peak + tl.log(total))
+    if ENTROPY_TOO:
+        tl.store(ENTROPY + row, tl.log(total) - weighted / total)
+    pick = tl.arange(0, J)
+    wanted = tl.load(IDS + row * picks + pick, mask=pick < picks, other=-1)
+    here = (wanted >= 0) & (wanted < vocab)
+    tl.store(PICKED + row * picks + pick, tl.load(logits + wanted, mask=here, other=0.0), mask=pick < picks)
+
+
+@triton.jit
+def _gradient(LOGITS, IDS, LSE, GRAD_PICKED, ENTROPY, GRAD_ENTROPY, vocab, stride, picks,
+              PICKS_TOO: tl.constexpr, ENTROPY_TOO: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr):
+    """Row of logits -> its gradient, in place: [u = v] g_u - p_v sum g - g_H p_v (log p_v + H)."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * stride
+    lse = tl.load(LSE + row)
+    pick = tl.arange(0, J)
+    total = 0.0
+    wanted = tl.full([J], -1, tl.int64)
+    given = tl.zeros([J], tl.float32)
+    if PICKS_TOO:
+        wanted = tl.load(IDS + row * picks + pick, mask=pick < picks, other=-1)
+        given = tl.load(GRAD_PICKED + row * picks + pick, mask=pick < picks, other=0.0).to(tl.float32)
+        total = tl.sum(given, 0)
+    slope = 0.0
+    entropy = 0.0
+    if ENTROPY_TOO:
+        slope = tl.load(GRAD_ENTROPY + row)
+        entropy = tl.load(ENTROPY + row)
+    here = (wanted >= 0) & (wanted < vocab)
+    own = tl.load(logits + wanted, mask=here, other=0.0).to(tl.float32) - lse
+    tl.debug_barrier()  # the picked logits are read before they are overwritten
+    place = tl.arange(0, BLOCK)
+    for start in range(0, vocab, BLOCK):
+        inside = start + place < vocab
+        logprob = tl.load(logits + start + place, mask=inside, other=float("-inf")).to(tl.float32) - lse
+        grad = -tl.exp(logprob) * total
+        if ENTROPY_TOO:
+            grad -= tl.where(logprob == float("-inf"), 0.0, slope * tl.exp(logprob) * (logprob + entropy))
+        tl.store(logits + start + place, grad, mask=inside)
+    if PICKS_TOO:
+        # An id given twice gets the sum, written twice: the same number, so the order of the writes is no matter.
+        same = wanted[:, None] == wanted[None, :]
+        summed = tl.sum(tl.where(same, given[None, :], 0.0), 1)
+        base = -tl.exp(own) * total
+        if ENTROPY_TOO:
+            base -= slope * tl.exp(own) * (own + entropy)
+        tl.debug_barrier()  # after the elementwise writes of all threads
+        tl.store(logits + wanted, base + summed, mask=here)
+
+
+def _fits(hidden_TH: Tensor) -> None:
+    if hidden_TH.dtype == torch.float64:
+        raise ValueError("linear_logprob in Triton: float64 hidden states; float32, bfloat16 or float16; use the "
+                         "reference (model.kernels=reference)")
+
+
+def _width(picks: int) -> int:
+    return triton.next_power_of_2(max(1, picks))
+
+
+def linear_logprob(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, temperature: float = 1.0,
+                   entropy: bool = False) -> ShardScores:
+    """As ``reference.linear_logprob``. ValueError for float64."""
+    _fits(hidden_TH)
+    with torch.no_grad():
+        return row_scores(block_logits(hidden_TH, weight_VH, temperature), ids_TK, entropy)
+
+
+def row_scores(logits_TV: Tensor, ids_TK: Tensor, entropy: bool = False) -> ShardScores:
+    """Log-sum-exp, entropy if asked, and picked logits of float32 logits that exist already."""
+    tokens, vocab = logits_TV.shape
+    if vocab == 0:
+        lse_T = logits_TV.new_full((tokens,), -torch.inf)
+        return ShardScores(lse_T, torch.zeros_like(lse_T) if entropy else None, logits_TV.new_zeros(ids_TK.shape))
+    lse_T = logits_TV.new_empty(tokens)
+    entropy_T = torch.empty_like(lse_T) if entropy else None
+    picked_TK = logits_TV.new_empty(ids_TK.shape)
+    if tokens:
+        _scores[(tokens,)](logits_TV, ids_TK.contiguous(), lse_T, entropy_T if entropy else lse_T, picked_TK, vocab,
+                           logits_TV.stride(0), ids_TK.shape[1], ENTROPY_TOO=entropy, J=_width(ids_TK.shape[1]),
+                           BLOCK=min(BLOCK, triton.next_power_of_2(vocab)), num_warps=8)
+    return ShardScores(lse_T, entropy_T, picked_TK)
+
+
+def linear_logprob_backward(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, temperature: float,
+                            lse_T: Tensor, grad_picked_TK: Tensor | None, entropy_T: Tensor | None = None,
+                            grad_entropy_T: Tensor | None = None) -> Tensor:
+    """As ``reference.linear_logprob_backward``. ValueError for float64."""
+    _fits(hidden_TH)
+    with torch.no_grad():
+        logits_TV = block_logits(hidden_TH, weight_VH, temperature)
+        tokens, vocab = logits_TV.shape
+        if tokens and vocab:
+            grad_picked = lse_T if grad_picked_TK is None else grad_picked_TK.contiguous()
+            entropies = (lse_T, lse_T) if grad_entropy_T is None else (entropy_T, grad_entropy_T.contiguous())
+            _gradient[(tokens,)](logits_TV, ids_TK.contiguous(), lse_T, grad_picked, *entropies, vocab,
+                                 logits_TV.stride(0), ids_TK.shape[1], PICKS_TOO=grad_picked_TK is not None,
+                                 ENTROPY_TOO=grad_entropy_T is not None, J=_width(ids_TK.shape[1]),
+                                 BLOCK=min(BLOCK, triton.next_power_of_2(vocab)), num_warps=8)
+        return hidden_gradient(logits_TV, hidden_TH, weight_VH, temperature)
