@@ -40,6 +40,7 @@ EXTRAS = {
     "test": [
         "pytest>=8.3",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.8",
         "hypothesis>=6.120",
         "ruff>=0.12",
         "setuptools>=77",

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Run the test suite from a bare clone; arguments go to pytest: bash tools/run_tests.sh tests/losses -k gspo
+# Files are dealt to one process per core, at most 8; -n 0 runs all in one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
 
 # Tests fork several ranks on few cores, and nothing may reach for the network.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-exec .venv/bin/python -m pytest "$@"
+workers=$(nproc 2>/dev/null || echo 1)
+exec .venv/bin/python -m pytest -n $((workers < 8 ? workers : 8)) --dist loadfile "$@"
