@@ -45,6 +45,7 @@ EXTRAS = {
         "ruff>=0.12",
         "setuptools>=77",
         "wheel>=0.45",
+        "gguf>=0.17",  # transformers reads SmolLM2's wheel with it (tools/unpack_smollm2.py)
     ],
 }
 

