@@ -56,6 +56,9 @@ class VisualInputs:
     """[images, 3] int64: temporal, height, width in patches."""
     video_patches: np.ndarray | None = None
     video_grids: np.ndarray | None = None
+    video_seconds: np.ndarray | None = None
+    """[videos] float64: seconds from one temporal patch to the next, for families whose positions count time
+    (Qwen2.5-VL); else None."""
     order: tuple[str, ...] = ()
     """Kind of each run of visual tokens in token order: ("image", "video", ...); a video contributes
     one entry, although its frames are separate runs of tokens."""

@@ -39,11 +39,14 @@ def save_merged(folder: Path, backbone: Path, factors: Mapping[str, Tensor], sca
     unused = {f"{prefix}{name.rsplit('.', 1)[0]}.weight" for name in factors}
     adapted = len(unused)
     with whole_folder(folder, "the merged model") as partial:
-        for file in sorted({entry.file for entry in check_files(backbone).values()}):
+        entries = check_files(backbone)
+        names = {(entry.file, entry.stored_name): name for name, entry in entries.items()}
+        for file in sorted({entry.file for entry in entries.values()}):
             with safe_open(file, framework="pt") as source:
-                tensors = {name: _merged(name, source.get_tensor(name), factors, scaling, prefix)
-                           for name in source.keys()}
-                unused -= tensors.keys()
+                stored = {name: names.get((file, name), name) for name in source.keys()}
+                tensors = {own: _merged(name, source.get_tensor(own), factors, scaling, prefix)
+                           for own, name in stored.items()}
+                unused -= set(stored.values())
                 # transformers refuses files that do not name their framework.
                 metadata = {"format": "pt", **(source.metadata() or {})}
                 save_file(tensors, partial / file.name, metadata=metadata)

@@ -69,7 +69,7 @@ class Backbone(nn.Module):
         self.spec, self.groups, self.model_config = spec, groups, model
         self.dtype = DTYPES[model.dtype]
         self.config = transformer_config(spec, groups, self.dtype)
-        self.rules = PackRules(adapter.scope, adapter.first_layer, model.prefix_sharing)
+        self.rules = PackRules(adapter.scope, adapter.first_layer, model.prefix_sharing, spec.rope)
         self.backend = "flash" if model.attention == "auto" else model.attention
         try:
             self.kernels = resolve(model.kernels, device(), self.dtype)

@@ -7,26 +7,45 @@ the rotary options mean here what they mean there.
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config, Qwen3VLConfig
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2Config, Qwen3Config, Qwen3VLConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from copd_megatron.model.spec import BackboneSpec, Family, RopeSpec
 from copd_megatron.types import UserError
 
 CONFIG_CLASSES: dict[Family, type[PreTrainedConfig]] = {
     "qwen3_vl": Qwen3VLConfig,
+    "qwen2_5_vl": Qwen2_5_VLConfig,
     "qwen3": Qwen3Config,
+    "qwen2": Qwen2Config,
     "llama": LlamaConfig,
 }
 """The supported families by ``model_type``."""
 
 ARCHITECTURES: dict[Family, str] = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
+
+_QK_NORM = ("qwen3_vl", "qwen3")
+_QKV_BIAS = ("qwen2_5_vl", "qwen2")
+"""Families whose q, k and v always have biases; the others follow ``attention_bias``."""
+_MLP_BIAS = ("llama",)
+"""Families whose MLP follows ``mlp_bias``; the others have none."""
+
+_MROPE: dict[Family, tuple[tuple[int, int, int], bool]] = {
+    "qwen3_vl": ((24, 20, 20), True),
+    "qwen2_5_vl": ((16, 24, 24), False),
+}
+"""Rotary sections when config.json names none, and whether they are interleaved."""
 
 _READ = frozenset({
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -41,18 +60,26 @@ _NO_EFFECT = frozenset({
     "transformers_version", "dtype", "torch_dtype", "initializer_range", "use_cache", "attention_dropout",
     "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "output_hidden_states",
     "output_attentions", "return_dict", "id2label", "label2id", "num_labels", "problem_type",
-    "vision_start_token_id", "vision_end_token_id", "name_or_path", "chunk_size_feed_forward",
+    "vision_start_token_id", "vision_end_token_id", "vision_token_id", "name_or_path", "chunk_size_feed_forward",
     "is_encoder_decoder",
 })
 """Options that never change the logits of a frozen backbone in evaluation mode."""
 
-_ROPE_OPTIONS: dict[str, frozenset[str]] = {
-    "default": frozenset(),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor",
-                         "original_max_position_embeddings"}),
+_VISION_SYNONYMS = {"in_chans": "in_channels", "spatial_patch_size": "patch_size"}
+"""Options of older vision towers that transformers does not read, and those that it reads instead."""
+
+_ROPE_OPTIONS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "default": (frozenset(), frozenset()),
+    "linear": (frozenset({"factor"}), frozenset()),
+    "dynamic": (frozenset({"factor"}), frozenset()),
+    "yarn": (frozenset({"factor", "original_max_position_embeddings"}),
+             frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"})),
+    "longrope": (frozenset({"short_factor", "long_factor", "original_max_position_embeddings"}),
+                 frozenset({"factor", "attention_factor"})),
+    "llama3": (frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+               frozenset()),
 }
-"""Supported rotary scalings and the options each has besides theta."""
+"""Supported rotary scalings and the options each needs, and may have, besides theta."""
 
 
 def read_spec(path: str | Path) -> BackboneSpec:
@@ -68,11 +95,13 @@ def read_spec(path: str | Path) -> BackboneSpec:
     _check_architecture(path, raw, family)
     _check_options(path, raw, "")
     config = load_hf_config(path)
-    text = config.get_text_config()
-    if family == "qwen3_vl":
+    text, visual = config.get_text_config(), family in _MROPE
+    if visual:
         _check_options(path, raw.get("text_config") or {}, "text_config.")
-        _check_vision(path, config)
+        _check_vision(path, config, raw.get("vision_config") or {})
+    head_dim = _head_dim(path, text, family)
     _check_values(path, text)
+    attention_bias = bool(getattr(text, "attention_bias", False)) and family not in _QKV_BIAS
     return BackboneSpec(
         family=family,
         num_layers=text.num_hidden_layers,
@@ -80,18 +109,18 @@ def read_spec(path: str | Path) -> BackboneSpec:
         ffn_hidden_size=text.intermediate_size,
         num_heads=text.num_attention_heads,
         num_kv_heads=text.num_key_value_heads,
-        head_dim=text.head_dim,
+        head_dim=head_dim,
         vocab_size=text.vocab_size,
         norm_eps=text.rms_norm_eps,
-        rope=_rope_spec(path, text, family),
-        qk_norm=family in ("qwen3", "qwen3_vl"),
-        qkv_bias=bool(text.attention_bias),
-        o_bias=bool(text.attention_bias),
-        mlp_bias=bool(getattr(text, "mlp_bias", False)) and family == "llama",
+        rope=_rope_spec(path, text, family, head_dim),
+        qk_norm=family in _QK_NORM,
+        qkv_bias=attention_bias or family in _QKV_BIAS,
+        o_bias=attention_bias,
+        mlp_bias=bool(getattr(text, "mlp_bias", False)) and family in _MLP_BIAS,
         tied_head=bool(config.tie_word_embeddings),
-        deepstack_layers=len(config.vision_config.deepstack_visual_indexes) if family == "qwen3_vl" else 0,
-        image_token_id=config.image_token_id if family == "qwen3_vl" else None,
-        video_token_id=config.video_token_id if family == "qwen3_vl" else None,
+        deepstack_layers=len(getattr(config.vision_config, "deepstack_visual_indexes", ())) if visual else 0,
+        image_token_id=config.image_token_id if visual else None,
+        video_token_id=config.video_token_id if visual else None,
     )
 
 
@@ -151,20 +180,41 @@ def _check_values(path: str | Path, text: PreTrainedConfig) -> None:
                        f"it must divide num_attention_heads {text.num_attention_heads}")
     for kind in getattr(text, "layer_types", None) or ():
         if kind != "full_attention":
-            raise _refusal(path, f"layer type {kind!r}", "supported is 'full_attention' in every layer")
+            raise _refusal(path, f"layer type {kind!r} (layer_types, use_sliding_window)",
+                           "supported is 'full_attention' in every layer")
 
 
-def _check_vision(path: str | Path, config: Qwen3VLConfig) -> None:
-    vision, text = config.vision_config, config.text_config
+def _head_dim(path: str | Path, text: PreTrainedConfig, family: Family) -> int:
+    """Width of a head; most families may choose it, Qwen2.5-VL's is hidden_size / num_attention_heads."""
+    even = text.hidden_size // text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or even
+    if family == "qwen2_5_vl" and (head_dim != even or text.hidden_size % text.num_attention_heads):
+        raise _refusal(path, f"head_dim {head_dim} with hidden_size {text.hidden_size}",
+                       f"in {family} it is hidden_size / num_attention_heads, a whole number")
+    if head_dim % 2:
+        raise _refusal(path, f"head_dim {head_dim}", "rotary positions turn pairs, so it must be even")
+    return head_dim
+
+
+def _check_vision(path: str | Path, config: PreTrainedConfig, raw: dict[str, Any]) -> None:
+    """The tower is transformers' own: it has the options that its configuration class knows, no others."""
+    vision, text = config.vision_config, config.get_text_config()
+    known = {field.name for field in fields(vision)} | _NO_EFFECT | {"model_type"}
+    for key, value in raw.items():
+        same = getattr(vision, _VISION_SYNONYMS.get(key, ""), None)
+        if key not in known and value is not None and value != same and not key.startswith("_"):
+            raise _refusal(path, f"option vision_config.{key} = {value!r:.60}",
+                           "it is unknown and may change the model")
     if vision.out_hidden_size != text.hidden_size:
         raise _refusal(path, f"vision_config.out_hidden_size {vision.out_hidden_size}",
                        f"it must equal text_config.hidden_size {text.hidden_size}")
-    if len(vision.deepstack_visual_indexes) > text.num_hidden_layers:
-        raise _refusal(path, f"{len(vision.deepstack_visual_indexes)} deepstack levels",
+    levels = len(getattr(vision, "deepstack_visual_indexes", ()))
+    if levels > text.num_hidden_layers:
+        raise _refusal(path, f"{levels} deepstack levels",
                        f"at most one for each of the {text.num_hidden_layers} layers")
 
 
-def _rope_spec(path: str | Path, text: PreTrainedConfig, family: Family) -> RopeSpec:
+def _rope_spec(path: str | Path, text: PreTrainedConfig, family: Family, head_dim: int) -> RopeSpec:
     rope = {key: value for key, value in (text.rope_parameters or {}).items() if value is not None}
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
@@ -174,18 +224,51 @@ def _rope_spec(path: str | Path, text: PreTrainedConfig, family: Family) -> Rope
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise _refusal(path, "partial_rotary_factor other than 1", "the whole head must be rotated")
     theta = float(rope.pop("rope_theta"))
-    section = None
-    if family == "qwen3_vl":
-        if not rope.pop("mrope_interleaved", True):
-            raise _refusal(path, "mrope_interleaved = false", "qwen3_vl interleaves its rotary sections")
-        section = tuple(rope.pop("mrope_section", (24, 20, 20)))
-        if len(section) != 3:
-            raise _refusal(path, f"mrope_section {list(section)}", "it has three numbers")
-    unknown = sorted(set(rope) - _ROPE_OPTIONS[kind])
+    section, interleaved = _mrope(path, rope, family, head_dim)
+    needed, optional = _ROPE_OPTIONS[kind]
+    unknown = sorted(set(rope) - needed - optional)
     if unknown:
         raise _refusal(path, f"rotary option {unknown[0]!r} with rope_type {kind!r}", "it is unknown")
-    missing = sorted(_ROPE_OPTIONS[kind] - set(rope))
+    missing = sorted(needed - set(rope))
     if missing:
         raise _refusal(path, f"rope_type {kind!r} without {missing[0]!r}", "it is needed")
-    scaling = None if kind == "default" else {"rope_type": kind, **rope}
-    return RopeSpec(theta=theta, scaling=scaling, mrope_section=section)
+    frequencies, attention_factor, limit = None, 1.0, None
+    if kind == "dynamic":
+        limit = text.max_position_embeddings  # up to here it is plain rotary
+    elif kind != "default":
+        frequencies, attention_factor = _scaled(path, text, kind, head_dim)
+        limit = rope["original_max_position_embeddings"] if kind == "longrope" else None
+    return RopeSpec(theta, frequencies, section, interleaved, attention_factor, limit)
+
+
+def _mrope(path: str | Path, rope: dict[str, Any], family: Family,
+           head_dim: int) -> tuple[tuple[int, int, int] | None, bool]:
+    """Sections of a visual family, and whether they are interleaved; their options leave ``rope``."""
+    if family not in _MROPE:
+        return None, True
+    default, interleaved = _MROPE[family]
+    if rope.pop("mrope_interleaved", interleaved) != interleaved:
+        raise _refusal(path, f"mrope_interleaved = {json.dumps(not interleaved)}",
+                       f"{family} {'interleaves' if interleaved else 'does not interleave'} its rotary sections")
+    section = tuple(rope.pop("mrope_section", default))
+    if len(section) != 3:
+        raise _refusal(path, f"mrope_section {list(section)}", "it has three numbers")
+    if not interleaved and sum(section) != head_dim // 2:
+        raise _refusal(path, f"mrope_section {list(section)} with heads of {head_dim}",
+                       f"its numbers add up to {head_dim // 2}")
+    return section, interleaved
+
+
+def _scaled(path: str | Path, text: PreTrainedConfig, kind: str, head_dim: int) -> tuple[tuple[float, ...], float]:
+    """Frequencies and attention factor as transformers computes them from the very configuration."""
+    try:
+        tensor, factor = ROPE_INIT_FUNCTIONS[kind](text)
+        frequencies, factor = tuple(tensor.tolist()), float(factor)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise _refusal(path, f"rope scaling {kind!r} with {text.rope_parameters}",
+                       f"transformers cannot compute it ({error})") from error
+    usable = len(frequencies) == head_dim // 2 and all(math.isfinite(f) and f > 0 for f in (*frequencies, factor))
+    if not usable:
+        raise _refusal(path, f"rope scaling {kind!r} with {text.rope_parameters}",
+                       f"it must give {head_dim // 2} positive frequencies and a positive attention factor")
+    return frequencies, factor

@@ -122,6 +122,8 @@ def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, b
         if isinstance(module, (RMSNorm, SwiGluMLP)):
             module.recompute = recompute
     attention, mlp, tp = layer.self_attention, layer.mlp, groups.layout.tp
+    # Megatron computes it from options of YaRN alone; it multiplies rotated queries and keys.
+    attention._yarn_concentration_factor = spec.rope.attention_factor
     for linear, name, parts in (
             (attention.linear_qkv, "qkv", ("q_proj", "k_proj", "v_proj")), (attention.linear_proj, "proj", ("o_proj",)),
             (mlp.linear_fc1, "fc1", ("gate_proj", "up_proj")), (mlp.linear_fc2, "fc2", ("down_proj",))):

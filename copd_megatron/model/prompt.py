@@ -1,8 +1,8 @@
 """From a task's question to the tokens, positions and patches that the model sees.
 
 Tokenizer, chat template and processors are those of the backbone's directory, used as transformers uses them,
-so that a prompt here is the prompt that the exported model meets elsewhere. Positions of visual tokens come
-from ``Qwen3VLModel.get_rope_index`` itself.
+so that a prompt here is the prompt that the exported model meets elsewhere. Positions come from ``get_rope_index``
+of the family's transformers model itself.
 
 Shapes: P prompt tokens.
 """
@@ -18,11 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, Qwen3VLModel
+from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, Qwen2_5_VLModel, Qwen3VLModel
 from transformers.video_utils import VideoMetadata
 
 from copd_megatron.model.hf_config import load_hf_config, read_json, read_spec
+from copd_megatron.model.spec import Family
 from copd_megatron.types import Media, Prompt, TaskItem, UserError, VisualInputs
+
+_POSITIONS: dict[Family, type[nn.Module]] = {"qwen3_vl": Qwen3VLModel, "qwen2_5_vl": Qwen2_5_VLModel}
+"""Visual families and the transformers models that number their tokens."""
 
 
 class PromptEncoder:
@@ -57,7 +61,7 @@ class PromptEncoder:
         self.stop_token_ids: tuple[int, ...] = self._find_stop_tokens()
         self.header_token_ids: tuple[int, ...] = self._find_header()
         if self.spec.is_visual:
-            self._media = _MediaReader(self._processor, load_hf_config(path))
+            self._media = _MediaReader(self._processor, load_hf_config(path), self.spec.family)
 
     def encode(self, item: TaskItem, domain: str) -> Prompt:
         """The prompt of a question, generation header included.
@@ -71,16 +75,17 @@ class PromptEncoder:
             text, visual = self._media.expand(item, text)
         elif item.media:
             raise _unusable(item, f"it has media, but family {self.spec.family} reads text only",
-                            "use a qwen3_vl backbone or a task without media")
+                            f"use a backbone that sees ({', '.join(_POSITIONS)}) or a task without media")
         token_ids = np.asarray(self.tokenize(text), np.int64)
         header = len(self.header_token_ids)
         if header and tuple(token_ids[-header:]) != self.header_token_ids:
             raise _unusable(item, "its rendered messages do not end with the generation header",
                             "end the messages with a user turn")
-        positions, visual_index = self._positions(token_ids, visual)
+        positions, next_position, visual_index = self._positions(token_ids, visual)
+        self.spec.rope.check_length(max(next_position, int(positions.max()) + 1), f"prompt {item.key!r}")
         return Prompt(
             key=item.key, domain=domain, token_ids=token_ids, position_ids=positions,
-            next_position=int(positions.max()) + 1, visual=visual, visual_index=visual_index,
+            next_position=next_position, visual=visual, visual_index=visual_index,
             header_tokens=header, content_hash=content_hash(token_ids, visual), item=item)
 
     def tokenize(self, text: str) -> list[int]:
@@ -145,29 +150,33 @@ class PromptEncoder:
             return item.messages
         return [{**message, "content": _join_text(message["content"])} for message in item.messages]
 
-    def _positions(self, token_ids: np.ndarray, visual: VisualInputs | None) -> tuple[np.ndarray, np.ndarray]:
-        """Position ids [3, P] and the indices of visual tokens."""
+    def _positions(self, token_ids: np.ndarray, visual: VisualInputs | None) -> tuple[np.ndarray, int, np.ndarray]:
+        """Position ids [3, P], the position of a token of text that would follow, and the indices of visual
+        tokens."""
         if visual is None:
-            return np.tile(np.arange(len(token_ids)), (3, 1)), np.zeros(0, np.int64)
+            return np.tile(np.arange(len(token_ids)), (3, 1)), len(token_ids), np.zeros(0, np.int64)
         kinds = (token_ids == self.spec.image_token_id) + 2 * (token_ids == self.spec.video_token_id)
-        return self._media.positions(token_ids, kinds, visual), np.flatnonzero(kinds)
+        positions = self._media.positions(np.append(token_ids, 0), np.append(kinds, 0), visual)
+        return positions[:, :-1], int(positions[0, -1]), np.flatnonzero(kinds)
 
 
 def content_hash(token_ids: np.ndarray, visual: VisualInputs | None) -> str:
-    """SHA-256 (hex) over token ids and, with their shapes, the patches the vision tower reads."""
+    """SHA-256 (hex) over token ids and, with their shapes, the patches the vision tower reads and what else positions
+    depend on."""
     digest = hashlib.sha256(token_ids.tobytes())
     if visual is not None:
-        for array in (visual.image_grids, visual.image_patches, visual.video_grids, visual.video_patches):
+        for array in (visual.image_grids, visual.image_patches, visual.video_grids, visual.video_patches,
+                      visual.video_seconds):
             digest.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
     return digest.hexdigest()
 
 
-class _RopeIndex(Qwen3VLModel):
+def _position_model(family: Family, config: PretrainedConfig) -> nn.Module:
     """Only the position arithmetic of the transformers model: it has a configuration and no weights."""
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        nn.Module.__init__(self)
-        self.config = config
+    model = _POSITIONS[family].__new__(_POSITIONS[family])
+    nn.Module.__init__(model)
+    model.config = config
+    return model
 
 
 @dataclass
@@ -178,6 +187,8 @@ class _Processed:
     grids: np.ndarray
     placeholders: list[str]
     """What replaces the template's placeholder of each image or video."""
+    seconds: np.ndarray | None = None
+    """See ``VisualInputs.video_seconds``."""
 
 
 class _MediaReader:
@@ -187,9 +198,10 @@ class _MediaReader:
     the overhead for a small picture.
     """
 
-    def __init__(self, processor: Any, config: PretrainedConfig) -> None:
+    def __init__(self, processor: Any, config: PretrainedConfig, family: Family) -> None:
         self.processor = processor
-        self.rope_index = _RopeIndex(config)
+        self.position_model = _position_model(family, config)
+        self.counts_time = hasattr(config.vision_config, "tokens_per_second")
         self.merged_patches = config.vision_config.spatial_merge_size ** 2
         tokens = {"image": processor.image_token, "video": processor.video_token}
         self.kind_of = {token: kind for kind, token in tokens.items()}
@@ -211,14 +223,16 @@ class _MediaReader:
             [text], images.placeholders if images else [], videos.placeholders if videos else [])
         return text, VisualInputs(
             images.patches if images else None, images.grids if images else None,
-            videos.patches if videos else None, videos.grids if videos else None, order)
+            videos.patches if videos else None, videos.grids if videos else None,
+            videos.seconds if videos else None, order)
 
     def positions(self, token_ids: np.ndarray, kinds: np.ndarray, visual: VisualInputs) -> np.ndarray:
         """Position ids [3, P]; ``kinds`` is 1 at image tokens, 2 at video tokens, else 0."""
-        grids = {"image_grid_thw": visual.image_grids, "video_grid_thw": visual.video_grids}
-        positions, _ = self.rope_index.get_rope_index(
+        about = {"image_grid_thw": visual.image_grids, "video_grid_thw": visual.video_grids,
+                 "second_per_grid_ts": visual.video_seconds}
+        positions, _ = self.position_model.get_rope_index(
             torch.from_numpy(token_ids)[None], torch.from_numpy(kinds)[None],
-            **{name: torch.from_numpy(grid) for name, grid in grids.items() if grid is not None})
+            **{name: torch.from_numpy(array) for name, array in about.items() if array is not None})
         return positions[:, 0].numpy()
 
     def _images(self, item: TaskItem) -> _Processed:
@@ -245,7 +259,11 @@ class _MediaReader:
             raise _unusable(item, f"a video cannot be processed ({error})", "mend or drop it") from error
         texts = [self.processor.replace_video_token(out, index) for index in range(len(videos))]
         patches, grids = out["pixel_values_videos"], out["video_grid_thw"]
-        return _Processed(patches.float().numpy(), grids.long().numpy(), texts)
+        seconds = None
+        if self.counts_time:
+            step = self.processor.video_processor.temporal_patch_size
+            seconds = np.array([step / video.sampled_fps for video in out["video_metadata"]])
+        return _Processed(patches.float().numpy(), grids.long().numpy(), texts, seconds)
 
 
 def _pixels(item: TaskItem, media: Media, dims: int) -> torch.Tensor:

@@ -25,16 +25,20 @@ INDEX_FILE = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit; a larger number means that the first 8 bytes are not a safetensors header."""
 
+_OLD_VISION = "visual."
+
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Weight types that are plain numbers; anything else is a quantised format that needs its own decoder."""
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies. Example: ``TensorEntry(Path(".../model.safetensors"), "BF16", (1024, 64), 0,
-    131072)``."""
+    """Where one tensor lies. Example: ``TensorEntry(Path(".../model.safetensors"), "lm_head.weight", "BF16",
+    (1024, 64), 0, 131072)``."""
 
     file: Path
+    stored_name: str
+    """Its name in the file."""
     dtype: str
     shape: tuple[int, ...]
     begin: int
@@ -43,8 +47,8 @@ class TensorEntry:
 
 
 def check_files(path: str | Path) -> dict[str, TensorEntry]:
-    """Every tensor of the checkpoint in directory ``path`` by name, after checking all headers and file
-    sizes.
+    """Every tensor of the checkpoint in directory ``path`` by today's name, after checking all headers and
+    file sizes.
 
     Reads headers only. Raises UserError naming the file (and the tensor, where one is affected) if a file is
     missing, truncated or not safetensors, if the index and the files disagree, or if a weight is not a plain
@@ -52,11 +56,26 @@ def check_files(path: str | Path) -> dict[str, TensorEntry]:
     """
     path = Path(path)
     if (path / INDEX_FILE).is_file():
-        return _check_sharded(path)
+        return _by_todays_names(_check_sharded(path))
     if not (path / SINGLE_FILE).is_file():
         raise UserError(f"model.path: {path} has neither {SINGLE_FILE} nor {INDEX_FILE}; weights must be "
                         "safetensors; finish the download or convert the checkpoint")
-    return _read_header(path / SINGLE_FILE)
+    return _by_todays_names(_read_header(path / SINGLE_FILE))
+
+
+def _by_todays_names(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Published Qwen2.5-VL checkpoints have "visual.*" and "model.*" where the model of transformers 5 has
+    "model.visual.*" and "model.language_model.*"; transformers renames them on loading, too."""
+    if not any(name.startswith(_OLD_VISION) for name in entries):
+        return entries
+    return {_todays_name(name): entry for name, entry in entries.items()}
+
+
+def _todays_name(name: str) -> str:
+    if name.startswith(_OLD_VISION):
+        return f"model.{name}"
+    new = not name.startswith("model.") or name.startswith(("model.language_model.", "model.visual."))
+    return name if new else f"model.language_model.{name.removeprefix('model.')}"
 
 
 def _check_sharded(path: Path) -> dict[str, TensorEntry]:
@@ -91,7 +110,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
     try:
         header = json.loads(raw_header)
         entries = {
-            name: TensorEntry(file, item["dtype"], tuple(map(int, item["shape"])),
+            name: TensorEntry(file, name, item["dtype"], tuple(map(int, item["shape"])),
                               *map(int, item["data_offsets"]))
             for name, item in header.items() if name != "__metadata__"
         }
@@ -150,7 +169,7 @@ class SafetensorReader:
         try:
             if entry.file not in self._handles:
                 self._handles[entry.file] = safe_open(entry.file, framework="pt", device="cpu")
-            lazy = self._handles[entry.file].get_slice(name)
+            lazy = self._handles[entry.file].get_slice(entry.stored_name)
             tensor = lazy[rows, cols] if len(entry.shape) > 1 else lazy[rows]
         except (SafetensorError, OSError) as error:
             raise _broken(entry.file, f"tensor {name!r} cannot be read ({error})") from error

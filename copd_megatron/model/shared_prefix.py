@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from copd_megatron.model.row_share import WHOLE, RowShare
+from copd_megatron.model.spec import RopeSpec
 from copd_megatron.model.stream import Level, Span, place, to_tensor
 from copd_megatron.types import Prompt
 
@@ -86,6 +87,13 @@ class PackRules:
     scope: str = "sequence"
     first_layer: int = 0
     sharing: bool = True
+    rope: RopeSpec | None = None
+    """Of the backbone, whose rotary frequencies may hold up to some length only."""
+
+    def check_length(self, prompt: Prompt, tokens: int) -> None:
+        """Raise UserError if the backbone has no positions for ``tokens`` more after this prompt."""
+        if self.rope is not None:
+            self.rope.check_length(prompt.next_position + tokens, f"{prompt.key!r} with {tokens} completion tokens")
 
     def forced(self, prompt: Prompt) -> int:
         """How many prompt tokens a leaf starts with."""
@@ -175,6 +183,7 @@ class _Streams:
 
     def _add(self, index: int, prompt: Prompt, number: int, leaf: Leaf) -> None:
         rules, content = self.rules, tuple(leaf.token_ids)
+        rules.check_length(prompt, len(content[:-1]))
         forced = rules.forced(prompt)
         prefix = len(prompt.token_ids) - forced
         everything = rules.scope == "sequence"

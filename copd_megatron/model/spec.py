@@ -6,30 +6,43 @@ differs between families is stated here as data, so that no other module asks fo
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from copd_megatron.types import UserError
 
-Family = Literal["qwen3_vl", "qwen3", "llama"]
+Family = Literal["qwen3_vl", "qwen2_5_vl", "qwen3", "qwen2", "llama"]
 
 
 @dataclass(frozen=True)
 class RopeSpec:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), rotate-half form.
 
-    Example: ``RopeSpec(theta=5e6, scaling=None, mrope_section=(24, 20, 20))`` is Qwen3-VL.
+    Example: ``RopeSpec(theta=5e6, frequencies=None, mrope_section=(24, 20, 20))`` is Qwen3-VL.
     """
 
     theta: float
     """Base of the inverse frequencies theta^(-2i / head_dim)."""
-    scaling: dict[str, Any] | None = field(default=None, hash=False)
-    """None for plain rotary; else {"rope_type": "linear", "factor": f} or {"rope_type": "llama3", "factor":
-    f, "low_freq_factor": l, "high_freq_factor": h, "original_max_position_embeddings": n}."""
+    frequencies: tuple[float, ...] | None = None
+    """Angle per position step of each of the head_dim / 2 frequencies, float32 values, where a scaling (linear,
+    dynamic, yarn, longrope, llama3) makes them differ from plain ones; None for plain rotary."""
     mrope_section: tuple[int, int, int] | None = None
-    """How many of the head_dim / 2 frequencies turn with the temporal, height and width position. When set,
-    the sections are interleaved (T H W T H W ... T T) as in Qwen3-VL; None turns all with the temporal
-    position."""
+    """How many of the head_dim / 2 frequencies turn with the temporal, height and width position; None turns all
+    with the temporal position."""
+    mrope_interleaved: bool = True
+    """Sections alternate (T H W T H W ... T T, Qwen3-VL) or lie one after the other (Qwen2.5-VL)."""
+    attention_factor: float = 1.0
+    """Rotated queries and keys are multiplied by it (yarn, longrope)."""
+    max_positions: int | None = None
+    """Beyond this many positions the scaling (dynamic, longrope) takes other frequencies for all tokens: a state would
+    depend on what comes later. Such lengths are refused; None: no limit."""
+
+    def check_length(self, positions: int, what: str) -> None:
+        """Raise UserError if ``what`` has more positions than these frequencies hold for."""
+        if self.max_positions is not None and positions > self.max_positions:
+            raise UserError(f"model.path: {what} reaches position {positions}, the backbone's rope scaling changes its "
+                            f"frequencies beyond {self.max_positions}; allowed is up to there; shorten prompts or "
+                            "rollout.max_completion_tokens, or use a backbone with a fixed scaling (yarn)")
 
 
 @dataclass(frozen=True)

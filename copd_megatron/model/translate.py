@@ -27,7 +27,13 @@ from copd_megatron.types import UserError
 if TYPE_CHECKING:
     from copd_megatron.model.backbone import Backbone
 
-TEXT_PREFIX: dict[Family, str] = {"qwen3_vl": "model.language_model.", "qwen3": "model.", "llama": "model."}
+TEXT_PREFIX: dict[Family, str] = {
+    "qwen3_vl": "model.language_model.",
+    "qwen2_5_vl": "model.language_model.",
+    "qwen3": "model.",
+    "qwen2": "model.",
+    "llama": "model.",
+}
 """What precedes ``embed_tokens``, ``layers`` and ``norm`` in a family's weight names."""
 
 VISION_PREFIX = "model.visual."

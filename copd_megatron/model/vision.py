@@ -137,7 +137,7 @@ class VisionTower:
         pixels = torch.from_numpy(np.concatenate(patches)).to(self.device, self.dtype)
         grid = torch.from_numpy(np.concatenate(grids))
         out = self.module(pixels, grid_thw=grid.to(self.device))
-        stacked = torch.stack([out.pooler_output, *out.deepstack_features])
+        stacked = torch.stack([out.pooler_output, *getattr(out, "deepstack_features", ())])
         yield from stacked.split((grid.prod(1) // self.merged_patches).tolist(), dim=1)
 
 

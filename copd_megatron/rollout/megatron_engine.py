@@ -111,6 +111,8 @@ class MegatronEngine:
             raise UserError(f"adapter.scope: completion, but prompt {prompt.key!r} of {length} tokens has a "
                             f"generation header of {prompt.header_tokens}; at least 1, adapted from there "
                             "on; use a chat template with a generation header, or adapter.scope=sequence")
+        prior = sum(len(segment.token_ids) for segment in request.prior)
+        self.rules.check_length(prompt, prior + request.params.max_tokens - 1)
         outside = [token for token in request.params.stop_token_ids if not 0 <= token < vocabulary]
         if outside:
             raise ValueError(f"stop_token_ids: {outside}; ids of this vocabulary are 0 to {vocabulary - 1}")

@@ -67,6 +67,8 @@ def _media_arguments(prompt: Prompt, token_ids: torch.Tensor, config) -> dict[st
     arrays = {"pixel_values": visual.image_patches, "image_grid_thw": visual.image_grids,
               "pixel_values_videos": visual.video_patches, "video_grid_thw": visual.video_grids}
     kinds = (token_ids == config.image_token_id).int() + 2 * (token_ids == config.video_token_id).int()
+    if visual.video_seconds is not None:
+        arrays["second_per_grid_ts"] = visual.video_seconds
     given = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
     return given | {"mm_token_type_ids": kinds}
 

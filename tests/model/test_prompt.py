@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from copd_megatron.model.prompt import PromptEncoder
 from copd_megatron.types import Media, TaskItem, UserError
 from support.pictures import clip, mixed_questions, picture, question
-from support.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_model
+from support.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, VISUAL_FAMILIES, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,9 @@ def text_encoder() -> PromptEncoder:
     return PromptEncoder(tiny_model("qwen3"))
 
 
-def _processed(item: TaskItem) -> dict[str, torch.Tensor]:
+def _processed(item: TaskItem, family: str) -> dict[str, torch.Tensor]:
     """The same question through the whole processor of transformers, pictures as PIL images."""
-    processor = AutoProcessor.from_pretrained(tiny_model("qwen3_vl"))
+    processor = AutoProcessor.from_pretrained(tiny_model(family))
     images = [Image.fromarray(media.pixels) for media in item.media if media.kind == "image"]
     videos = [media for media in item.media if media.kind == "video"]
     about = [{"total_num_frames": len(v.pixels), "fps": v.fps, "frames_indices": list(range(len(v.pixels)))}
@@ -40,25 +40,30 @@ def _processed(item: TaskItem) -> dict[str, torch.Tensor]:
         do_sample_frames=False, return_tensors="pt")
 
 
+@pytest.mark.parametrize("family", VISUAL_FAMILIES)
 @pytest.mark.parametrize("item", mixed_questions(), ids=lambda item: item.key)
-def test_prompts_equal_transformers(encoder, item):
-    prompt, theirs = encoder.encode(item, "shapes"), _processed(item)
+def test_prompts_equal_transformers(item, family):
+    prompt, theirs = PromptEncoder(tiny_model(family)).encode(item, "shapes"), _processed(item, family)
     assert prompt.token_ids.dtype == np.int64 and prompt.token_ids.tolist() == theirs["input_ids"][0].tolist()
     visual = prompt.visual
     for name, ours in (("pixel_values", visual and visual.image_patches),
                        ("image_grid_thw", visual and visual.image_grids),
                        ("pixel_values_videos", visual and visual.video_patches),
-                       ("video_grid_thw", visual and visual.video_grids)):
+                       ("video_grid_thw", visual and visual.video_grids),
+                       ("second_per_grid_ts", visual and visual.video_seconds)):
         assert (ours is None) == (name not in theirs)
         if ours is not None:
-            assert np.array_equal(ours, theirs[name].numpy())
+            assert np.array_equal(ours, np.asarray(theirs[name], ours.dtype))
     kinds = theirs["mm_token_type_ids"]
     assert prompt.visual_index.tolist() == kinds[0].nonzero()[:, 0].tolist()
-    model = AutoModelForImageTextToText.from_pretrained(tiny_model("qwen3_vl")).model
-    positions, deltas = model.get_rope_index(
-        theirs["input_ids"], kinds, theirs.get("image_grid_thw"), theirs.get("video_grid_thw"))
-    assert np.array_equal(prompt.position_ids, positions[:, 0].numpy())
-    assert prompt.next_position == len(prompt.token_ids) + deltas.item()
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model(family)).model
+    answer = torch.tensor([[40, 41]])
+    about = {name: theirs[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+             if name in theirs}
+    positions, _ = model.get_rope_index(torch.cat([theirs["input_ids"], answer], 1),
+                                        torch.cat([kinds, 0 * answer], 1), **about)
+    assert np.array_equal(prompt.position_ids, positions[:, 0, :-2].numpy())
+    assert positions[:, 0, -2:].tolist() == [[prompt.next_position, prompt.next_position + 1]] * 3
     assert (prompt.key, prompt.domain, prompt.item) == (item.key, "shapes", item)
 
 
@@ -112,6 +117,17 @@ def test_content_hash_is_about_content(encoder):
     others = [question("a", changed), question("a", picture(1, 32, 32), text="how few?"), question("a")]
     hashes = {encoder.encode(item, "x").content_hash for item in others}
     assert len(hashes | {one.content_hash}) == 4 and len(one.content_hash) == 64
+
+
+def test_time_is_content_where_positions_count_it():
+    """The same frames at another rate: other positions in Qwen2.5-VL, other timestamps in Qwen3-VL."""
+    for family in VISUAL_FAMILIES:
+        encoder = PromptEncoder(tiny_model(family))
+        slow, fast = (encoder.encode(question("v", clip(1, 4, 32, 32, fps=fps)), "x") for fps in (1.0, 4.0))
+        assert slow.content_hash != fast.content_hash
+        same = np.array_equal(slow.position_ids, fast.position_ids)
+        assert same == (family == "qwen3_vl") == (slow.visual.video_seconds is None)
+    assert slow.visual.video_seconds.tolist() == [2.0] and fast.visual.video_seconds.tolist() == [0.5]
 
 
 def test_template_arguments(tmp_path):

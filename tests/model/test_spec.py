@@ -33,7 +33,7 @@ def test_qwen3_vl():
     spec = read_spec(tiny_model("qwen3_vl"))
     assert (spec.family, spec.num_layers, spec.hidden_size, spec.ffn_hidden_size) == ("qwen3_vl", 4, 32, 48)
     assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.vocab_size) == (4, 2, 12, VOCABULARY)
-    assert spec.rope == RopeSpec(1000.0, None, (2, 2, 2))
+    assert spec.rope == RopeSpec(1000.0, None, (2, 2, 2), mrope_interleaved=True)
     assert spec.qk_norm and spec.tied_head and spec.is_visual and not spec.qkv_bias
     assert spec.deepstack_layers == 3 and spec.image_token_id != spec.video_token_id
     assert spec.norm_eps == 1e-5
@@ -43,9 +43,18 @@ def test_text_families():
     qwen, llama = read_spec(tiny_model("qwen3")), read_spec(tiny_model("llama"))
     assert qwen.qk_norm and not llama.qk_norm
     assert not qwen.is_visual and qwen.deepstack_layers == 0 and qwen.rope.mrope_section is None
-    assert llama.rope.scaling == {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
-                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    assert qwen.rope.frequencies is None and len(llama.rope.frequencies) == 4
+    assert llama.rope.attention_factor == 1.0 and llama.rope.max_positions is None
     assert hash(llama) != hash(qwen)
+    older = read_spec(tiny_model("qwen2"))
+    assert older.qkv_bias and not older.o_bias and not older.qk_norm and older.head_dim == 12
+
+
+def test_qwen2_5_vl():
+    spec = read_spec(tiny_model("qwen2_5_vl"))
+    assert spec.rope == RopeSpec(1000.0, None, (1, 2, 1), mrope_interleaved=False)
+    assert spec.qkv_bias and not spec.o_bias and not spec.qk_norm and not spec.tied_head
+    assert spec.is_visual and spec.deepstack_layers == 0 and spec.head_dim == 8
 
 
 PUBLISHED = {
@@ -78,6 +87,31 @@ PUBLISHED = {
         "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
         "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
         "use_sliding_window": False, "vocab_size": 151936},
+    "Qwen2.5-7B-Instruct-1M": {
+        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02,
+        "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28,
+        "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "sliding_window": 131072, "tie_word_embeddings": False,
+        "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+        "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 152064},
+    "Qwen2.5-VL-7B-Instruct": {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "attention_dropout": 0.0, "bos_token_id": 151643,
+        "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+        "vision_token_id": 151654, "image_token_id": 151655, "video_token_id": 151656, "hidden_act": "silu",
+        "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+        "max_position_embeddings": 128000, "max_window_layers": 28, "model_type": "qwen2_5_vl",
+        "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.41.2", "use_cache": True,
+        "use_sliding_window": False, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vocab_size": 152064,
+        "vision_config": {
+            "depth": 32, "hidden_act": "silu", "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2,
+            "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2, "temporal_patch_size": 2}},
     "Llama-3.2-1B-Instruct": {
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64,
@@ -99,12 +133,17 @@ def test_published_configurations(tmp_path, name):
     spec = read_spec(tmp_path)
     layers, hidden, theta, section = {"Qwen3-VL-4B-Instruct": (36, 2560, 5e6, (24, 20, 20)),
                                       "Qwen3-4B": (36, 2560, 1e6, None),
+                                      "Qwen2.5-7B-Instruct-1M": (28, 3584, 1e6, None),
+                                      "Qwen2.5-VL-7B-Instruct": (28, 3584, 1e6, (16, 24, 24)),
                                       "Llama-3.2-1B-Instruct": (16, 2048, 5e5, None)}[name]
     assert (spec.num_layers, spec.hidden_size, spec.rope.theta, spec.rope.mrope_section) == (
         layers, hidden, theta, section)
-    assert spec.num_kv_heads == 8 and spec.tied_head and not spec.qkv_bias
-    assert (spec.rope.scaling is not None) == (name == "Llama-3.2-1B-Instruct")
-    spec.check_parallel(8, 16)
+    older = name.startswith("Qwen2.5")
+    assert (spec.num_kv_heads, spec.tied_head, spec.qkv_bias) == ((4, False, True) if older else (8, True, False))
+    assert spec.head_dim == (64 if name.startswith("Llama") else 128)
+    assert (spec.rope.frequencies is not None) == (name in ("Llama-3.2-1B-Instruct", "Qwen2.5-7B-Instruct-1M"))
+    assert spec.rope.mrope_interleaved == (name != "Qwen2.5-VL-7B-Instruct")
+    spec.check_parallel(4, 16)
 
 
 def test_older_spelling_of_rope_means_the_same(tmp_path):
@@ -125,7 +164,18 @@ def test_older_spelling_of_rope_means_the_same(tmp_path):
     ("qwen3", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0, "layer_types": None},
      "sliding_attention"),
     ("qwen3", {"num_attention_heads": 5}, "num_key_value_heads"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "'yarn'"),
+    ("llama", {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}}, "'proportional'"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 0.0}}, "yarn"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "alpha": 3}}, "'alpha'"),
+    ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 3,
+                                   "long_factor": [1.0] * 3}}, "longrope"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
+     "use_sliding_window"),
+    ("qwen2", {"head_dim": None, "hidden_size": 28}, "head_dim 7"),
+    ("qwen2_5_vl", {"text_config__head_dim": 12}, "head_dim 12"),
+    ("qwen2_5_vl", {"text_config__rope_parameters__mrope_section": [1, 1, 1]}, "add up to 4"),
+    ("qwen2_5_vl", {"vision_config__window_kind": "hash"}, "vision_config.window_kind"),
+    ("qwen2_5_vl", {"vision_config__in_chans": 4}, "vision_config.in_chans"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "betas": 1}}, "'betas'"),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},

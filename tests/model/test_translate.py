@@ -28,7 +28,7 @@ from copd_megatron.model.translate import (
     vocabulary_piece,
 )
 from copd_megatron.types import UserError
-from support.tiny_models import FAMILIES, VOCABULARY, tiny_model
+from support.tiny_models import FAMILIES, VISUAL_FAMILIES, VOCABULARY, tiny_model
 
 LAYER = 2
 BIASED = {"attention_bias": True, "mlp_bias": True}
@@ -112,7 +112,7 @@ def test_vocabulary_shards_end_at_the_true_size():
     ("qwen3", {"tie_word_embeddings": True}), ("qwen3_vl", {"tie_word_embeddings": False})])
 def test_expected_tensors_are_those_of_transformers(family, options):
     path = tiny_model(family, **options)
-    auto = AutoModelForImageTextToText if family == "qwen3_vl" else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if family in VISUAL_FAMILIES else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(load_hf_config(path))
     theirs = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,19 @@ from copd_megatron.model.prompt import PromptEncoder
 from copd_megatron.model.vision import VisionTower, stage_needs_features
 from copd_megatron.types import Prompt, UserError
 from support.pictures import clip, mixed_questions, picture, question
-from support.tiny_models import tiny_model
+from support.tiny_models import VISUAL_FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def encoder() -> PromptEncoder:
-    return PromptEncoder(tiny_model("qwen3_vl"))
+    return _encoder("qwen3_vl")
+
+
+@cache
+def _encoder(family: str) -> PromptEncoder:
+    return PromptEncoder(tiny_model(family))
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +35,8 @@ def prompts(encoder) -> dict[str, Prompt]:
     return {item.key: encoder.encode(item, "d") for item in mixed_questions()}
 
 
-def _tower(dtype: torch.dtype = torch.float32, **options: int) -> VisionTower:
-    return VisionTower(tiny_model("qwen3_vl"), dtype, CPU, **options)
+def _tower(dtype: torch.dtype = torch.float32, family: str = "qwen3_vl", **options: int) -> VisionTower:
+    return VisionTower(tiny_model(family), dtype, CPU, **options)
 
 
 def _equal(left, right) -> bool:
@@ -39,13 +45,16 @@ def _equal(left, right) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("key", ["images", "video", "mixed"])
+@pytest.mark.parametrize("family", VISUAL_FAMILIES)
 @torch.no_grad()
-def test_features_equal_transformers(prompts, key, dtype):
+def test_features_equal_transformers(family, key, dtype):
     """Bit for bit: it is the same module on the same patches."""
-    prompt, spec = prompts[key], read_spec(tiny_model("qwen3_vl"))
-    model = AutoModelForImageTextToText.from_pretrained(tiny_model("qwen3_vl"), dtype=dtype).model
-    merged, deepstack = _tower(dtype).features([prompt])
-    assert merged.dtype == dtype and merged.shape == (len(prompt.visual_index), 32) and len(deepstack) == 3
+    spec = read_spec(tiny_model(family))
+    prompt = _encoder(family).encode(next(item for item in mixed_questions() if item.key == key), "d")
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model(family), dtype=dtype).model
+    merged, deepstack = _tower(dtype, family).features([prompt])
+    assert merged.dtype == dtype and merged.shape == (len(prompt.visual_index), 32)
+    assert len(deepstack) == spec.deepstack_layers == {"qwen3_vl": 3, "qwen2_5_vl": 0}[family]
     tokens = prompt.token_ids[prompt.visual_index]
     for kind, token, patches, grids in (
             ("image", spec.image_token_id, prompt.visual.image_patches, prompt.visual.image_grids),
@@ -56,7 +65,7 @@ def test_features_equal_transformers(prompts, key, dtype):
             continue
         theirs = getattr(model, f"get_{kind}_features")(torch.from_numpy(patches), torch.from_numpy(grids))
         assert torch.equal(merged[rows], torch.cat(theirs.pooler_output))
-        for ours, level in zip(deepstack, theirs.deepstack_features):
+        for ours, level in zip(deepstack, getattr(theirs, "deepstack_features", ())):
             assert torch.equal(ours[rows], torch.cat(level))
 
 
@@ -82,16 +91,18 @@ def test_a_hit_equals_a_miss(prompts, encoder):
     assert _equal(again, _tower(cache_bytes=0).features([images]))
 
 
-def test_company_changes_no_bit(encoder):
+@pytest.mark.parametrize("family", VISUAL_FAMILIES)
+def test_company_changes_no_bit(family):
     """A prompt's features are the same alone and in any place of a batch, full or filled up."""
+    encoder = _encoder(family)
     shown = [encoder.encode(question(f"p{seed}", picture(seed, 48, 48)), "d") for seed in range(16)]
     shown += [encoder.encode(question(f"v{seed}", clip(seed, 4, 32, 48)), "d") for seed in range(2)]
-    tower = _tower(cache_bytes=0)
+    tower = _tower(family=family, cache_bytes=0)
     alone = [tower.features([prompt]) for prompt in shown]
     for order in (list(range(18))[::-1], [5, 16, 2, 9]):
         merged, deepstack = tower.features([shown[i] for i in order])
         assert torch.equal(merged, torch.cat([alone[i][0] for i in order]))
-        for level in range(3):
+        for level in range(encoder.spec.deepstack_layers):
             assert torch.equal(deepstack[level], torch.cat([alone[i][1][level] for i in order]))
 
 

@@ -21,7 +21,14 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
@@ -30,7 +37,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-FAMILIES = ("qwen3_vl", "qwen3", "llama")
+FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen3", "qwen2", "llama")
+VISUAL_FAMILIES = ("qwen3_vl", "qwen2_5_vl")
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                   "<|image_pad|>", "<|video_pad|>")
@@ -61,7 +69,7 @@ _TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_atte
 
 
 def tiny_model(family: str, **overrides: object) -> Path:
-    """Directory of a tiny checkpoint of ``family`` ("qwen3_vl", "qwen3" or "llama").
+    """Directory of a tiny checkpoint of ``family`` (one of FAMILIES).
 
     ``overrides`` change the (text) configuration, e.g. ``tie_word_embeddings=True`` or
     ``attention_bias=True``; ``seed`` changes the weights and ``shard_bytes`` splits them into files of at
@@ -81,7 +89,7 @@ def _make(family: str, overrides: str) -> Path:
     model.generation_config = GenerationConfig(eos_token_id=[tokenizer.convert_tokens_to_ids("<|im_end|>"),
                                                              tokenizer.convert_tokens_to_ids("<|endoftext|>")])
     model.save_pretrained(path, **({"max_shard_size": shard_bytes} if shard_bytes else {}))
-    (_processor(tokenizer) if family == "qwen3_vl" else tokenizer).save_pretrained(path)
+    (_processor(family, tokenizer) if family in VISUAL_FAMILIES else tokenizer).save_pretrained(path)
     return path
 
 
@@ -108,12 +116,19 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def _processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
+def _processor(family: str, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
     sizes = dict(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2,
                  size={"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": 64 * (PATCH * MERGE) ** 2})
-    return Qwen3VLProcessor(image_processor=Qwen2VLImageProcessor(**sizes), tokenizer=tokenizer,
-                            video_processor=Qwen3VLVideoProcessor(**sizes, cap_pixels_per_frame=False),
-                            chat_template=CHAT_TEMPLATE)
+    whole, video = {"qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+                    "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)}[family]
+    return whole(image_processor=Qwen2VLImageProcessor(**sizes), tokenizer=tokenizer,
+                 video_processor=video(**sizes, cap_pixels_per_frame=False), chat_template=CHAT_TEMPLATE)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    return {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in (
+        ("image", "image_pad"), ("video", "video_pad"),
+        ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
 
 
 def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel:
@@ -124,11 +139,26 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedMo
     vision = dict(depth=4, hidden_size=16, num_heads=2, intermediate_size=24, patch_size=PATCH,
                   spatial_merge_size=MERGE, temporal_patch_size=2, out_hidden_size=text["hidden_size"],
                   num_position_embeddings=36, deepstack_visual_indexes=[0, 1, 2])
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in (
-        ("image", "image_pad"), ("video", "video_pad"),
-        ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
     return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids))
+        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **_token_ids(tokenizer)))
+
+
+def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel:
+    """Windows of 2 x 2 merged tokens in every second vision layer; 3 temporal positions per second of video."""
+    tied = options.pop("tie_word_embeddings", False)
+    rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [1, 2, 1]}
+    text = _TEXT | {"vocab_size": VOCABULARY, "rope_parameters": rope, "bos_token_id": None,
+                    "eos_token_id": None} | options
+    del text["head_dim"]
+    vision = dict(depth=4, hidden_size=16, num_heads=2, intermediate_size=24, patch_size=PATCH,
+                  spatial_merge_size=MERGE, temporal_patch_size=2, out_hidden_size=text["hidden_size"],
+                  window_size=2 * PATCH * MERGE, fullatt_block_indexes=[1, 3], tokens_per_second=3)
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **_token_ids(tokenizer)))
+
+
+def _qwen2(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**_TEXT | {"vocab_size": VOCABULARY, "tie_word_embeddings": True} | options))
 
 
 def _qwen3(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel:
@@ -144,7 +174,7 @@ def _llama(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel
     return LlamaForCausalLM(LlamaConfig(**defaults | options))
 
 
-_BUILDERS = {"qwen3_vl": _qwen3_vl, "qwen3": _qwen3, "llama": _llama}
+_BUILDERS = {"qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3": _qwen3, "qwen2": _qwen2, "llama": _llama}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.parallel.seeding import generator_for
 from copd_megatron.trainer.build import build_trainer
 from copd_megatron.trainer.trainer import Trainer
-from support.tiny_models import tiny_model
+from support.tiny_models import VISUAL_FAMILIES, tiny_model
 from support.toy_tasks import LetterTask
 
 LETTERS = {"text": ("a", None), "image": ("b", "image"), "video": ("c", "video"), "audio": ("d", None),
@@ -26,7 +26,7 @@ def toy_config(family: str = "qwen3_vl", experts=("text", "image", "video"), tas
 
     ``task``: a subclass of LetterTask that every expert gets. Experts of a text family all read text.
     """
-    visual = family == "qwen3_vl"
+    visual = family in VISUAL_FAMILIES
     defaults = {
         "model": {"path": str(tiny_model(family)), "dtype": "float64"},
         "experts": {e: {"task": task, "task_args": {"letter": LETTERS[e][0],
