@@ -166,8 +166,10 @@ def _outcomes(world: int) -> list[list[torch.Tensor]]:
             for ranks in zip(*run_ranks(world, _walk, RUNS[world], timeout_s=240))]
 
 
-@pytest.mark.parametrize("world,number", [(world, number) for world, runs in RUNS.items() for number in range(len(runs))],
-                         ids=lambda value: str(value))
+CASES = [(world, number) for world, runs in RUNS.items() for number in range(len(runs))]
+
+
+@pytest.mark.parametrize("world,number", CASES, ids=lambda value: str(value))
 def test_logits_equal_transformers(world, number):
     run, want = RUNS[world][number], _reference(RUNS[world][number].checkpoint, RUNS[world][number].dtype)
     got = _outcomes(world)[number]
