@@ -22,8 +22,9 @@ class ModelConfig(Section):
     """Attention backend. ``reference`` is plain torch; ``flash`` merges prefix and completion parts by
     log-sum-exp over torch's fused kernels; ``auto`` is flash."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
-    """Operators over the vocabulary (top-k, log-probs, divergences). ``reference`` is plain torch and defines them;
-    ``triton`` is fused, for CUDA; ``auto`` is triton on CUDA and reference on a CPU or in float64."""
+    """Operators over the vocabulary (top-k, log-probs, divergences), and all experts' adapters in one launch.
+    ``reference`` is plain torch and defines them; ``triton`` is fused, for CUDA; ``auto`` is triton on CUDA and
+    reference on a CPU or in float64."""
     head_chunk_tokens: int = Field(2048, ge=1)
     """Tokens whose logits exist at one time in losses over the vocabulary."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -27,6 +27,9 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from copd_kernels.backend import Backend, implementation
+from copd_kernels.grouped_lora.reference import Columns
+from copd_kernels.grouped_lora.segments import Segments
 from copd_megatron.model.adapter_bank import LoraFactors, Routing
 
 
@@ -38,13 +41,17 @@ class _Adapted:
     routing: Routing
     lora: Mapping[str, Mapping[str, LoraFactors]]
     """Expert -> projection -> factors; empty below the first adapted layer."""
+    kernels: Backend
+    """``triton``: all experts in one launch; ``reference``: one after the other."""
 
-    def attach(self, parts: tuple[str, ...], routing: Routing, lora: Mapping) -> None:
+    def attach(self, parts: tuple[str, ...], routing: Routing, lora: Mapping, kernels: Backend) -> None:
         """Connect this linear to the bank. Called once, when the backbone is built."""
-        self.parts, self.routing, self.lora = parts, routing, lora
+        self.parts, self.routing, self.lora, self.kernels = parts, routing, lora, kernels
 
     def add_adapters(self, x: Tensor, y: Tensor) -> Tensor:
-        """y [T, 1, out] plus each routed expert's delta on its rows of x [T, 1, in]."""
+        """y [T, 1, out] plus each routed expert's delta on its rows of x [T, 1, in]; y may be overwritten."""
+        if self.kernels == "triton":
+            return self._add_grouped(x, y)
         if self.routing.shard is not None:
             return self._add_shared_out(x, y)
         return _added(y, [(rows, self.delta(_rows(x, rows), self.lora[expert]))
@@ -67,6 +74,39 @@ class _Adapted:
                    for (expert, rows), (_, down) in zip([r for r in outer if self.lora.get(r[0])], downs)]
         return _added(y, [(rows, self.up(_rows(h, rows)[..., :own], factors)) for rows, factors, own in leaving])
 
+    def _add_grouped(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same for all experts at once (``copd_kernels.grouped_lora``)."""
+        ops, split = implementation("grouped_lora", self.kernels), self.routing.shard is not None
+        inner, outer = self.routes() if split else (self.routing.current, self.routing.current)
+        experts = [expert for expert, _ in inner if self.lora.get(expert)]
+        if not experts:
+            return y
+        entering, leaving = (Segments.build([rows for e, rows in routes if e in experts], x.device)
+                             for routes in (inner, outer))
+        factors = [[self.lora[e].get(part) for e in experts] for part in self.parts]
+        rank = max(f.A.shape[0] for own in factors for f in own if f is not None)
+        # Of every part the same number of columns, so that the parts of an expert with another rank lie alike.
+        down = [torch.cat([_padded(own[n], x.shape[-1], rank) for own in factors]) for n in range(len(experts))]
+        h = ops.grouped_down(x[:, 0], down, entering)[:, None]
+        h = (self.exchange(h) if split else self.meet(h))[:, 0]
+        out = y[:, 0]
+        for place, (own, columns) in enumerate(zip(factors, self.columns())):
+            if any(f is not None for f in own):
+                present = [n for n, f in enumerate(own) if f is not None]
+                routes = leaving if len(present) == len(own) else Segments.build(
+                    [leaving.routes[n] for n in present], x.device)
+                out = ops.grouped_up(out, h[:, place * rank:(place + 1) * rank], [own[n].B for n in present],
+                                     [own[n].scaling for n in present], routes, columns)
+        return out[:, None]
+
+    def columns(self) -> Sequence[Columns | None]:
+        """Of each part: where its rows of B go in the fused output, see ``grouped_lora``."""
+        raise NotImplementedError
+
+    def meet(self, h: Tensor) -> Tensor:
+        """What tensor parallelism does to h between A and B, without sequence parallelism."""
+        raise NotImplementedError
+
     def routes(self) -> tuple[Sequence, Sequence]:
         """Under sequence parallelism: the routes of the base's input rows and of its output rows."""
         raise NotImplementedError
@@ -86,6 +126,13 @@ class _Adapted:
     def delta(self, x: Tensor, factors: Mapping[str, LoraFactors]) -> Tensor:
         """The adapter's output for rows x, in the layout of the base's output."""
         raise NotImplementedError
+
+
+def _padded(factors: LoraFactors | None, width: int, rank: int) -> Tensor:
+    """[rank, in] A with rows of zeros below; all zeros where there is no adapter."""
+    if factors is None:
+        return torch.zeros(rank, width)
+    return F.pad(factors.A, (0, 0, 0, rank - factors.A.shape[0]))
 
 
 def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:
@@ -144,9 +191,13 @@ class AdapterColumnLinear(_Adapted, ColumnParallelLinear):
                else h.new_zeros(*h.shape[:-1], self.widths[i]) for i, p in enumerate(self.parts)]
         return self.arrange(out)
 
+    def meet(self, h):
+        """The backward sums what the shards of B give."""
+        return copy_to_tensor_model_parallel_region(h, group=self.tp_group)
+
     def delta(self, x, factors):
         """[T, 1, out / tp]."""
-        return self.up(copy_to_tensor_model_parallel_region(self.down(x, factors), group=self.tp_group), factors)
+        return self.up(self.meet(self.down(x, factors)), factors)
 
 
 class AdapterQKVLinear(AdapterColumnLinear):
@@ -156,6 +207,11 @@ class AdapterQKVLinear(AdapterColumnLinear):
         """Head counts of this rank."""
         self.widths = (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim)
         self.kv_heads = kv_heads
+
+    def columns(self):
+        """Per kv group its queries, then k, then v."""
+        q, k, v = (width // self.kv_heads for width in self.widths)
+        return (0, q, q + k + v), (q, k, q + k + v), (q + k, v, q + k + v)
 
     def arrange(self, parts):
         """q [T, 1, heads d], k, v [T, 1, kv_heads d] -> [T, 1, (heads + 2 kv_heads) d]."""
@@ -170,6 +226,11 @@ class AdapterGateUpLinear(AdapterColumnLinear):
     def widths(self):
         """Output width of gate and of up on this rank."""
         return (self.output_size_per_partition // 2,) * 2
+
+    def columns(self):
+        """Gate, then up."""
+        ffn, _ = self.widths
+        return (0, ffn, 0), (ffn, ffn, 0)
 
     def arrange(self, parts):
         """gate, up [T, 1, ffn / tp] -> [T, 1, 2 ffn / tp]."""
@@ -202,6 +263,14 @@ class AdapterRowLinear(_Adapted, RowParallelLinear):
         lora = factors[self.parts[0]]
         return (h * lora.scaling) @ lora.B.to(h.dtype).T
 
+    def meet(self, h):
+        """Sum what the shards of A give."""
+        return reduce_from_tensor_model_parallel_region(h, group=self.tp_group)
+
+    def columns(self):
+        """B's rows are the output."""
+        return (None,)
+
     def delta(self, x, factors):
         """[T, 1, out]."""
-        return self.up(reduce_from_tensor_model_parallel_region(self.down(x, factors), group=self.tp_group), factors)
+        return self.up(self.meet(self.down(x, factors)), factors)

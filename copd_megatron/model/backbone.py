@@ -84,7 +84,7 @@ class Backbone(nn.Module):
             self.embedding = VocabParallelEmbedding(padded, spec.hidden_size, init_method=nn.init.zeros_,
                                                     config=self.config, tp_group=groups.tp).requires_grad_(False)
         self.selective = model.recompute == "selective"
-        self.layers = nn.ModuleList(build_layer(spec, self.config, groups, self.bank, i, self.selective)
+        self.layers = nn.ModuleList(build_layer(spec, self.config, groups, self.bank, i, self.selective, self.kernels)
                                     for i in self.layer_range)
         if groups.is_last_stage:
             self.final_norm = RMSNorm(self.config, spec.hidden_size, spec.norm_eps).requires_grad_(False)

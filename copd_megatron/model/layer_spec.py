@@ -20,6 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from copd_kernels.backend import Backend
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.adapter_linear import AdapterGateUpLinear, AdapterQKVLinear, AdapterRowLinear
 from copd_megatron.model.attention import PackCoreAttention
@@ -98,10 +99,10 @@ def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -
 
 
 def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, bank: AdapterBank,
-                index: int, recompute: bool = False) -> TransformerLayer:
+                index: int, recompute: bool = False, kernels: Backend = "reference") -> TransformerLayer:
     """Layer ``index`` (global, 0-based) with its linears connected to the bank.
 
-    ``recompute``: norms and activations are computed again in the backward.
+    ``recompute``: norms and activations are computed again in the backward. ``kernels``: what adds the adapters.
     """
     norm = RMSNorm if spec.qk_norm else IdentityOp
     submodules = TransformerLayerSubmodules(
@@ -127,6 +128,6 @@ def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, b
     for linear, name, parts in (
             (attention.linear_qkv, "qkv", ("q_proj", "k_proj", "v_proj")), (attention.linear_proj, "proj", ("o_proj",)),
             (mlp.linear_fc1, "fc1", ("gate_proj", "up_proj")), (mlp.linear_fc2, "fc2", ("down_proj",))):
-        linear.attach(parts, bank.routing, bank.lora_of(index, name))
+        linear.attach(parts, bank.routing, bank.lora_of(index, name), kernels)
     attention.linear_qkv.attach_heads(spec.num_heads // tp, spec.num_kv_heads // tp, spec.head_dim)
     return layer.requires_grad_(False)
