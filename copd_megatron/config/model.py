@@ -29,7 +29,7 @@ class ModelConfig(Section):
     """Tokens whose logits exist at one time in losses over the vocabulary."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping it: ``selective`` norms, activations, attention and gathered
-    keys (little work, most of the memory), ``full`` each transformer layer."""
+    keys (little work), ``full`` each transformer layer (all that is left is one hidden state per layer and token)."""
 
 
 class AdapterConfig(Section):

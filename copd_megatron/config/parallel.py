@@ -26,6 +26,7 @@ class ParallelConfig(Section):
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """torch.distributed backend; auto is NCCL on CUDA and gloo on a CPU."""
     debug_checks: bool = False
-    """Assert that what experts exchange arrives as it was sent (checksums)."""
+    """Assert that what experts exchange arrives as it was sent (checksums), and that the ranks of a tensor-parallel
+    group hold the same hidden states, bit for bit, after every layer (with sequence_parallel: before the head)."""
     timeout_s: float = Field(1800.0, gt=0)
     """Collectives that wait longer than this fail."""

@@ -58,6 +58,8 @@ class StreamAttention(PackedSeqParams):
         if self.group is not None:
             k, v = self._everybodys(k, v)
         if self.capture is not None:
+            if self.group is None:
+                v = v.clone()  # a view of the layer's fused q, k, v, all of which would live as long as the capture
             self.capture[layer] = (k.detach(), v.detach())
         trunk_kv = self.trunk_kv[layer] if self.trunk_kv is not None else None
         if self.backend == "reference":

@@ -33,6 +33,7 @@ from copd_megatron.model.shared_prefix import Pack, PackRules
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.stream import Level
 from copd_megatron.model.vocab_parallel import Head
+from copd_megatron.parallel.collectives import assert_same_on_all_ranks
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
 from copd_megatron.types import UserError
@@ -59,7 +60,9 @@ class Backbone(nn.Module):
     model_type = ModelType.encoder_or_decoder
     """Read by Megatron's pipeline schedules."""
 
-    def __init__(self, spec: BackboneSpec, groups: Groups, model: ModelConfig, adapter: AdapterConfig):
+    def __init__(self, spec: BackboneSpec, groups: Groups, model: ModelConfig, adapter: AdapterConfig,
+                 checked: bool = False):
+        """``checked``: compare hidden states over the tensor-parallel ranks (``parallel.debug_checks``)."""
         super().__init__()
         spec.check_parallel(groups.layout.tp, groups.layout.pp)
         spec.check_moe(groups.layout.ep, groups.layout.etp)
@@ -77,6 +80,7 @@ class Backbone(nn.Module):
             raise UserError(f"model.kernels: {error}") from None
         self.layer_range = stage_layers(spec.num_layers, groups.layout.pp, groups.coords.pp)
         self.share = _row_share(groups)
+        self.checked = checked and groups.layout.tp > 1
         adapter_dtype = torch.promote_types(self.dtype, torch.float32)
         self.bank = AdapterBank(spec, adapter, groups, self.layer_range, adapter_dtype, device())
         padded = spec.padded_vocab_size(groups.layout.tp)
@@ -135,6 +139,8 @@ class Backbone(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= pack.first_layer):
                 hidden = self._layer(layer, level, angles, hidden, capture)
                 hidden = self._add_deepstack(hidden, level, visual, index)
+            if self.share.sequence == 1:
+                self._check(hidden, f"layer {index}")
         out = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         self._input = None
         if not self.groups.is_last_stage:
@@ -142,6 +148,7 @@ class Backbone(nn.Module):
         scored = self.final_norm(out[:, 0].index_select(0, pack.scored_rows))
         if pack.scored_order is not None:
             scored = self._gathered(scored, pack).index_select(0, pack.scored_order)
+        self._check([scored], "the final norm")
         return _anchor(scored, entered) if torch.is_grad_enabled() else scored
 
     def forward_step(self, token_ids: Tensor, position_ids: Tensor, attention, routing) -> Tensor:
@@ -155,11 +162,19 @@ class Backbone(nn.Module):
         hidden = self._embed(token_ids) if self.groups.is_first_stage else self._input
         self._input = None
         angles = rotary_frequencies(self.spec, position_ids)
-        for layer in self.layers:
+        for layer, index in zip(self.layers, self.layer_range):
             self.bank.routing.set(routing)
             hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles,
                               packed_seq_params=attention)
+            self._check([hidden], f"decoding, layer {index}")
         return self.final_norm(hidden) if self.groups.is_last_stage else hidden
+
+    def _check(self, hidden: list[Tensor], where: str) -> None:
+        """Raise AssertionError unless all tensor-parallel ranks hold the same bits; nothing unless ``checked``."""
+        if self.checked:
+            for part in hidden:
+                assert_same_on_all_ranks(part, self.groups.tp, "parallel.debug_checks: hidden states after "
+                                         f"{where} (seen by rank {self.groups.rank}), tensor-parallel group")
 
     def _embed(self, token_ids: Tensor, shared: bool = False) -> Tensor:
         """[T, 1, H], or with ``shared`` this tensor-parallel rank's piece of it."""
@@ -207,8 +222,9 @@ class Backbone(nn.Module):
 
             with torch.set_grad_enabled(torch.is_grad_enabled() and last):
                 if self.model_config.recompute == "full" and torch.is_grad_enabled():
-                    # Ranks with other rows may need less again, but none may leave out a collective.
-                    with set_checkpoint_early_stop(not self.share.is_split):
+                    # torch may stop once it has what the backward of this rank's rows needs. But what it made until
+                    # then lives on, layer after layer, and no rank may leave out a collective that others enter.
+                    with set_checkpoint_early_stop(False):
                         out.append(checkpoint(run, rows, use_reentrant=False, preserve_rng_state=False))
                 else:
                     out.append(run(rows if last else rows.detach()))

@@ -10,9 +10,10 @@ norms' wide type):
     attention   q Q b, k K b, out Q b, log-sum-exp heads x 4, and v as a view of the fused qkv: (Q + 2 K) b
     SwiGLU      fused gate and up 2 F b, silu(gate) F b
 
-With ``model.recompute=full`` a layer saves its input, H b, and one layer at a time is as above; ``selective`` is
-counted as if it saved nothing. A layer whose input needs no gradient (the first adapted one) saves less. Where scope
-is ``completion``, trunks keep k and the fused qkv for the leaves' backward. Counted for prefix sharing; naive packs
+With ``model.recompute=full`` a layer saves its input, H b, and one layer at a time is as above. With ``selective``
+norms keep their input in the compute type, attention neither log-sum-exp nor an out that no adapter reads, SwiGLU no
+silu(gate). A layer whose input needs no gradient (the first adapted one) saves less. Where scope
+is ``completion``, trunks keep k and v for the leaves' backward. Counted for prefix sharing; naive packs
 in scope ``completion`` copy some rows besides.
 """
 from __future__ import annotations
@@ -72,10 +73,10 @@ def layer_row_bytes(job: Job, width: Width, needs_grad: bool) -> int:
         needs_grad: whether the layer's input does; not so in the first layer with adapters.
     """
     adapted, rank = set(job.adapter.targets), job.adapter.rank
-    b, w = width.item, width.wide
+    b, norm = width.item, _norm_row_bytes(job, width)
     total, grad = 0, needs_grad
     if grad:
-        total += (width.hidden + 1) * w
+        total += norm
     into_qkv = adapted & {"q_proj", "k_proj", "v_proj"}
     if into_qkv:
         total += (width.hidden + len(into_qkv) * rank) * b
@@ -83,28 +84,40 @@ def layer_row_bytes(job: Job, width: Width, needs_grad: bool) -> int:
     if grad:
         total += _attention_row_bytes(job, width)
     if "o_proj" in adapted:
-        total += rank * b + (0 if grad else width.q * b)
+        total += rank * b + (0 if grad and not _selective(job) else width.q * b)
         grad = True
     if grad:
-        total += (width.hidden + 1) * w
+        total += norm
     into_fc1 = adapted & {"gate_proj", "up_proj"}
     if into_fc1:
         total += (width.hidden + len(into_fc1) * rank) * b
         grad = True
     if grad:
-        total += 3 * width.ffn * b
+        total += (2 if _selective(job) else 3) * width.ffn * b
     if "down_proj" in adapted:
         total += (width.ffn + rank) * b
     return total
 
 
+def _selective(job: Job) -> bool:
+    return job.model.recompute == "selective"
+
+
+def _norm_row_bytes(job: Job, width: Width) -> int:
+    return width.hidden * width.item if _selective(job) else (width.hidden + 1) * width.wide
+
+
 def _attention_row_bytes(job: Job, width: Width) -> int:
     b, w = width.item, width.wide
-    total = (4 * width.head_dim + 2 * width.q + width.kv + width.mixed) * b + width.heads * max(4, width.math)
+    total = (4 * width.head_dim + width.q + width.kv + width.mixed) * b
+    # Queries of several kv groups are copied out of the fused tensor, keys are a view of it.
+    copied = width.q if width.kv_heads > 1 else 0
+    if _selective(job):
+        return total + copied * b * job.spec.qk_norm
+    total += width.q * b + width.heads * max(4, width.math)
     if job.spec.qk_norm:
         total += (width.heads + width.kv_heads) * w
-        # Queries of several kv groups are copied out of the fused tensor, keys are a view of it.
-        total += width.q * w if width.kv_heads > 1 or b != w else 0
+        total += (width.q if b != w else copied) * w
         total += width.kv * w if b != w else 0
     return total
 
@@ -120,7 +133,7 @@ def saved_bytes(job: Job, layout: Layout, stage: int, rows: Rows, width: Width) 
     else:
         total += sum(grad_rows * layer_row_bytes(job, width, index > first) for index in layers)
         total += len(layers) * _working_copies(job, layout, width)
-    total += len(layers) * trunk_rows * (width.kv + width.mixed) * width.item
+    total += len(layers) * trunk_rows * 2 * width.kv * width.item
     if stage == layout.pp - 1:
         total += rows.scored * ((width.hidden + 1) * width.wide + width.hidden * width.item)
         total += rows.scored * _topk(job) * width.math * TOPK_COPIES
@@ -169,9 +182,13 @@ def forward_bytes(job: Job, rows: Rows, width: Width) -> float:
     """What a layer makes on the way when nothing is saved; trunks that no adapter touches pass it before the rest."""
     grad_rows, trunk_rows = _differentiated(job, rows)
     together = max(grad_rows, trunk_rows)
-    waiting = (rows.tokens - together) * width.hidden * width.item
+    return (rows.tokens - together) * width.hidden * width.item + together * forward_row_bytes(width)
+
+
+def forward_row_bytes(width: Width) -> int:
+    """What a layer makes on the way for one row, where it is fullest."""
     swiglu = (2 * width.hidden + 4 * width.ffn) * width.item + width.hidden * width.wide
-    return waiting + together * max(swiglu, (2 * width.hidden + 5 * width.q + 3 * width.mixed) * width.item)
+    return max(swiglu, (2 * width.hidden + 5 * width.q + 3 * width.mixed) * width.item)
 
 
 def head_bytes(job: Job, rows: Rows, width: Width, backward: bool) -> float:

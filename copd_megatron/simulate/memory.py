@@ -27,7 +27,14 @@ from copd_megatron.model.vision import CACHE_BYTES, stage_needs_features
 from copd_megatron.parallel.layout import Coordinates, Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.rollout.kv_cache import FIRST_CAPACITY
-from copd_megatron.simulate.activations import Width, backward_bytes, forward_bytes, head_bytes, saved_bytes
+from copd_megatron.simulate.activations import (
+    Width,
+    backward_bytes,
+    forward_bytes,
+    forward_row_bytes,
+    head_bytes,
+    saved_bytes,
+)
 from copd_megatron.simulate.job import Job, Rows
 
 STEP_BYTES = 4
@@ -205,10 +212,10 @@ def _rollout_bytes(job: Job, layout: Layout, placement: Placement, replica: int,
         lanes += taken
         if lanes == limit:
             break
-    prefill = min(trunks, job.rollout.max_prompt_tokens)
     vocab = job.spec.padded_vocab_size(layout.tp) // layout.tp
     last = stage == layout.pp - 1
-    # Megatron's V is a view of the fused q, k, v: a prefill holds all three until its blocks are cut.
-    captured = prefill * layers * width.item * (width.mixed + width.kv)
-    return {"kv cache": (own + trunks) / layout.cp * kv_row, "prefill": captured / layout.cp,
-            "sampling": last * lanes * vocab * 3 * width.math}
+    row = forward_row_bytes(width)
+    own_bytes, sampling = own / layout.cp * kv_row, last * lanes * vocab * 3 * width.math + lanes * row
+    # Lanes begin when all prompts are evaluated.
+    prefill = max(0.0, min(trunks, job.rollout.max_prompt_tokens) / layout.cp * row - own_bytes - sampling)
+    return {"kv cache": trunks / layout.cp * kv_row + own_bytes, "prefill": prefill, "sampling": sampling}

@@ -88,7 +88,7 @@ def build_policies(config: RunConfig) -> Policies:
     groups = Groups.create(layout, place(config, layout.replicas), timeout_s=config.parallel.timeout_s)
     source = PromptSource(tasks, encoder, config.seed, config.rollout.max_prompt_tokens)
     _check_questions(source)
-    backbone = Backbone(spec, groups, config.model, config.adapter)
+    backbone = Backbone(spec, groups, config.model, config.adapter, config.parallel.debug_checks)
     load_backbone_weights(backbone, config.model.path)
     backbone.eval()
     for expert in groups.hosted:

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack, pack_tokens
+from copd_megatron.parallel.groups import Groups
+from copd_megatron.parallel.layout import Layout
+from copd_megatron.parallel.placement import Placement
+from support.live_bytes import storage_bytes
 from support.random_backbone import SPEC, make_backbone, make_prompt, make_visual, one_rank_groups
+from support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -52,6 +57,16 @@ def test_sharing_equals_naive(groups, scope, first_layer, attention, recompute):
         layer = int(name[1].split(".")[1])
         assert layer >= first_layer
     assert max(g.abs().max() for g in grads.values()) > 1e-2
+
+
+def test_a_capture_keeps_keys_and_values_and_nothing_else_alive(groups):
+    backbone, capture = make_backbone(groups), {}
+    pack = build_pack(_lanes(), backbone.rules, CPU, trunks_only=True)
+    with torch.no_grad():
+        backbone(pack, make_visual([g.prompt for g in _lanes()]), capture)
+    assert sorted(capture) == [1, 2, 3]
+    held = [tensor for pair in capture.values() for tensor in pair]
+    assert storage_bytes(held) == 3 * 2 * pack.upper.tokens * SPEC.num_kv_heads * SPEC.head_dim * 8
 
 
 @pytest.mark.parametrize("scope", ["sequence", "completion"])
@@ -124,3 +139,31 @@ def test_a_new_expert_is_the_backbone(groups):
     with torch.no_grad():
         new, base = backbone(build_pack(lanes, backbone.rules, CPU)).split(2)
     torch.testing.assert_close(new, base, rtol=0, atol=1e-13)
+
+
+def _checked_passes():
+    """What a checked backbone on two tensor-parallel ranks says: as it is, and after two faults on rank 1."""
+    groups = Groups.create(Layout(tp=2), Placement.build(("a", "b"), 1))
+    backbone = make_backbone(groups, checked=True)
+    lanes, said = _lanes(), []
+    pack = build_pack(lanes, backbone.rules, CPU)
+    with torch.no_grad():
+        for fault in (None, backbone.final_norm.weight, backbone.bank.parameters_of("a")[FAULTY]):
+            if fault is not None and groups.coords.tp == 1:
+                fault.view(-1)[0] *= 1 + 1e-12
+            try:
+                said.append(backbone(pack, make_visual([g.prompt for g in lanes])).isfinite().all().item())
+            except AssertionError as error:
+                said.append(str(error))
+    groups.destroy()
+    return said
+
+
+FAULTY = "layers.1.self_attn.o_proj.lora_B"
+
+
+def test_debug_checks_name_the_layer_and_the_rank_that_went_astray():
+    for rank, said in enumerate(run_ranks(2, _checked_passes)):
+        assert said == [True, *(f"parallel.debug_checks: hidden states after {where} (seen by rank {rank}), "
+                                "tensor-parallel group: group ranks [1] hold other bits than group rank 0"
+                                for where in ("the final norm", "layer 1"))]

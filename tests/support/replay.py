@@ -9,6 +9,7 @@ import torch
 
 from copd_megatron.checkpoint.peft import full_factors
 from copd_megatron.config.run import RunConfig
+from copd_megatron.exchange.schedule import Measured
 from copd_megatron.rollout.engine import EngineCounters, Request, RolloutEngine
 from copd_megatron.trainer.trainer import Trainer
 from copd_megatron.types import Completion
@@ -62,14 +63,20 @@ def gradients_of(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def one_step(config: RunConfig, run_dir: Path, step: int, recording: Recording | None = None) -> dict:
+def one_step(config: RunConfig, run_dir: Path, step: int, recording: Recording | None = None,
+             overlaps: Mapping[tuple[str, str], float] | None = None) -> dict:
     """One training step from random adapters, on replayed rollouts if there are any.
+
+    Args:
+        overlaps: what the step before measured, by pair of experts; topology ``adaptive`` reads it.
 
     Returns:
         What this rank knows: "gradients" and "adapters" (full, by expert), "metrics" and the "recording".
     """
     with toy_trainer(config, run_dir) as trainer:
         randomise(trainer)
+        if overlaps:
+            trainer.schedule.observe(step - 1, Measured(overlaps))
         collector = trainer.collector
         collector.engine = RecordingEngine(collector.engine) if recording is None else ReplayEngine(recording)
         metrics = trainer.train_step(step, trainer.schedule.phase(step))

@@ -1,41 +1,59 @@
-"""Every layout trains the very same experts as one rank (float64).
+"""Every layout trains the very same experts as one rank (float64), under every topology and transport.
 
 On replayed rollouts an OPD step (native and cross batches) has the same gradients within 1e-9, the same adapters
 within 1e-8 and the same metrics. Runs that sample freely, from images and videos, give identical tokens. Ranks are
 forked once per world size and walk through its layouts.
 """
 import functools
+from pathlib import Path
 
 import pytest
 import torch
 
+from copd_megatron.checkpoint.peft import save_peft_adapter
 from copd_megatron.config.parallel import ParallelConfig
+from copd_megatron.model.translate import TEXT_PREFIX
+from copd_megatron.parallel.layout import Layout
 from support.ranks import run_ranks
 from support.replay import one_step
 from support.tiny_models import tiny_model
-from support.toy_run import run_steps, toy_config
+from support.toy_run import randomise, run_steps, toy_config, toy_trainer
 
 STEP = 1
 """Of three OPD steps; the first and the last also measure agreement, which is not compared here."""
 TARGETS = ("q_proj", "o_proj", "up_proj", "down_proj")
 
 COMPLETION = {"scope": "completion", "first_layer": 1}
+OVERLAPS = {("text", "image"): 0.6, ("text", "video"): 0.9, ("image", "video"): 0.7}
+EDGES = [["old", "text"], ["video", "text"], {"teacher": "backbone", "student": "image", "signal": "full"},
+         {"teacher": "text", "student": "image", "beta": 0.5, "prompts": "video"}, ["image", "video"]]
 VARIANTS = {
-    "sequence": {},
+    "sequence": {"exchange": {"topology": EDGES, "transport": "auto"}},
     "sequence, split, selective, minibatches, topk": {
         "optimizer": {"microbatch_tokens": 44}, "adapter": {"first_layer": 2}, "model": {"recompute": "selective"},
-        "rlvr": {"minibatches_per_rollout": 2}, "opd": {"signal": "topk", "topk": 8}},
-    "sequence, split, full": {"optimizer": {"microbatch_tokens": 44}, "model": {"recompute": "full"}},
-    "completion, full": {"adapter": COMPLETION, "model": {"recompute": "full"}},
+        "rlvr": {"minibatches_per_rollout": 2}, "opd": {"signal": "topk", "topk": 8},
+        "exchange": {"topology": "full", "transport": "scatter"}},
+    "sequence, split, full": {
+        "optimizer": {"microbatch_tokens": 44}, "model": {"recompute": "full"},
+        "exchange": {"topology": "ring", "transport": "gather_adapters"}},
+    "completion, full": {
+        "adapter": COMPLETION, "model": {"recompute": "full"},
+        "exchange": {"topology": "adaptive(1)", "transport": "scatter"}},
     "completion, split, full vocabulary": {
-        "optimizer": {"microbatch_tokens": 36}, "adapter": COMPLETION, "opd": {"signal": "full"}},
-    "naive": {"model": {"prefix_sharing": False, "attention": "reference"}, "adapter": {"scope": "completion"}},
+        "optimizer": {"microbatch_tokens": 36}, "adapter": COMPLETION, "opd": {"signal": "full"},
+        "exchange": {"topology": "hub", "transport": "gather_adapters"}},
+    "naive": {
+        "model": {"prefix_sharing": False, "attention": "reference"}, "adapter": {"scope": "completion"},
+        "exchange": {"topology": "gossip", "transport": "scatter"}},
+    "four experts, student_topk": {
+        "experts": ("text", "image", "video", "audio"), "opd": {"signal": "student_topk", "topk": 5},
+        "exchange": {"topology": "expander(2)", "transport": "auto"}},
 }
-S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, NAIVE = VARIANTS
+S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, NAIVE, FOUR = VARIANTS
 
 LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is left
     2: [({"tensor": 2}, C_SPLIT), ({"tensor": 2, "sequence_parallel": True}, S), ({"context": 2}, S),
-        ({"context": 2}, C_FULL), ({"pipeline": 2}, S_FULL), ({}, SELECTIVE)],
+        ({"context": 2}, C_FULL), ({"pipeline": 2}, S_FULL), ({}, FOUR)],
     3: [({}, C_SPLIT), ({"pipeline": 3}, SELECTIVE)],
     4: [({"context": 4}, C_SPLIT), ({"tensor": 2, "context": 2, "sequence_parallel": True}, C_SPLIT),
         ({"tensor": 2, "context": 2}, NAIVE), ({"pipeline": 2, "context": 2}, SELECTIVE),
@@ -45,41 +63,59 @@ LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is l
     8: [({"tensor": 2, "pipeline": 2, "context": 2, "sequence_parallel": True}, S_FULL),
         ({"tensor": 2, "pipeline": 2, "context": 2}, C_FULL), ({"context": 8}, S),
         ({"tensor": 2, "context": 2, "sequence_parallel": True}, C_FULL), ({"pipeline": 2, "context": 2}, C_SPLIT),
-        ({"tensor": 2, "pipeline": 2}, SELECTIVE)],
+        ({"tensor": 2, "pipeline": 2}, FOUR)],
 }
 CASES = [(world, number) for world, layouts in LAYOUTS.items() for number in range(len(layouts))]
 
 
-def _config(variant, parallel):
+def _config(variant, parallel, old="-", **sections):
+    """``old``: folder of the frozen teacher; ``sections`` lie over the variant's."""
     merged = {"model": {"path": str(tiny_model("qwen3", num_hidden_layers=3)), "dtype": "float64"},
               "adapter": {"rank": 3, "alpha": 6.0, "targets": TARGETS},
               "optimizer": {"lr": 1e-2, "warmup_steps": 2, "microbatch_tokens": 200},
               "rollout": {"prompts_per_step": 2, "group_size": 2, "max_completion_tokens": 3},
               "schedule": {"cycles": 1, "rl_steps": 0, "opd_steps": 3}, "metrics": {"rollouts": False}}
-    for name, section in VARIANTS[variant].items():
-        merged[name] = {**merged.get(name, {}), **section}
-    return toy_config("qwen3", **merged, parallel=parallel)
+    for name, section in [*VARIANTS[variant].items(), *sections.items()]:
+        merged[name] = {**merged.get(name, {}), **section} if isinstance(section, dict) else section
+    if merged["exchange"]["topology"] is EDGES:
+        merged["exchange"]["frozen_teachers"] = {"old": str(old)}
+    experts = merged.pop("experts", ("text", "image", "video"))
+    return toy_config("qwen3", experts, **merged, parallel=parallel)
 
 
 @pytest.fixture(scope="module")
-def truth(tmp_path_factory):
+def old(tmp_path_factory):
+    """A PEFT folder with random factors."""
+    folder = tmp_path_factory.mktemp("frozen")
+    config = _config(S_FULL, {})
+    with toy_trainer(config, folder / "run") as trainer:
+        randomise(trainer, scale=0.3, alike=True)
+        bank = trainer.runner.backbone.bank
+        factors = {name: p.detach().clone() for name, p in bank.parameters_of("text").items()}
+        save_peft_adapter(folder / "old", factors, 2.0, TEXT_PREFIX["qwen3"], Path(config.model.path), None)
+    return folder / "old"
+
+
+@pytest.fixture(scope="module")
+def truth(old, tmp_path_factory):
     """Variant -> what one rank makes of it, with the rollouts it sampled."""
     folder = tmp_path_factory.mktemp("one_rank")
-    configs = {variant: _config(variant, {}) for variant in VARIANTS}
-    return run_ranks(1, lambda: {v: one_step(c, folder, STEP) for v, c in configs.items()}, timeout_s=240)[0]
+    configs = {variant: _config(variant, {}, old) for variant in VARIANTS}
+    return run_ranks(1, lambda: {v: one_step(c, folder, STEP, overlaps=OVERLAPS) for v, c in configs.items()},
+                     timeout_s=240)[0]
 
 
 @pytest.fixture(scope="module")
-def outcomes(truth, tmp_path_factory):
+def outcomes(truth, old, tmp_path_factory):
     """World size -> number of the layout -> what each rank found."""
     folder = tmp_path_factory.mktemp("many_ranks")
 
     def walk(runs):
-        return [one_step(config, folder, STEP, recording) | {"recording": None} for config, recording in runs]
+        return [one_step(config, folder, STEP, recording, OVERLAPS) | {"recording": None} for config, recording in runs]
 
     @functools.cache
     def of_world(world):
-        runs = [(_config(variant, parallel), truth[variant]["recording"]) for parallel, variant in LAYOUTS[world]]
+        runs = [(_config(variant, parallel, old), truth[variant]["recording"]) for parallel, variant in LAYOUTS[world]]
         return list(zip(*run_ranks(world, walk, runs, timeout_s=280)))
 
     return of_world
@@ -96,16 +132,27 @@ def _whole(ranks, what):
     return whole
 
 
+def _replicas(world, parallel):
+    return Layout.of(ParallelConfig(**parallel), world).replicas
+
+
 def test_there_are_enough_layouts():
+    """At least 24; and every transport and topology where replicas are several, so that things cross."""
     assert len(CASES) >= 24 and max(LAYOUTS) == 8
     used = {(tuple(sorted(parallel.items())), world, variant) for world, layouts in LAYOUTS.items()
             for parallel, variant in layouts}
     assert len(used) == len(CASES)
+    crossing = [VARIANTS[variant]["exchange"] for world, layouts in LAYOUTS.items() for parallel, variant in layouts
+                if _replicas(world, parallel) > 1]
+    assert {exchange["transport"] for exchange in crossing} == {"scatter", "gather_adapters", "auto"}
+    names = {exchange["topology"] for exchange in crossing if exchange["topology"] is not EDGES}
+    assert names == {"hub", "full", "ring", "expander(2)", "gossip", "adaptive(1)"}
+    assert any(exchange["topology"] is EDGES for exchange in crossing)  # with frozen teachers
 
 
 @pytest.mark.parametrize(("world", "number"), CASES, ids=lambda v: str(v))
 def test_layout_equals_one_rank(world, number, truth, outcomes):
-    _, variant = LAYOUTS[world][number]
+    parallel, variant = LAYOUTS[world][number]
     ranks, want = outcomes(world)[number], truth[variant]
     for what, tolerance in (("gradients", 1e-9), ("adapters", 1e-8)):
         got = _whole(ranks, what)
@@ -117,9 +164,16 @@ def test_layout_equals_one_rank(world, number, truth, outcomes):
                                            msg=f"{what} {expert} {name}")
     for rank in ranks:
         assert rank["metrics"].keys() == ranks[0]["metrics"].keys()
+        if _replicas(world, parallel) > 1:
+            assert rank["metrics"]["exchange/moved_bytes"] == _bytes_by_transport(rank["metrics"], variant) > 0
         for name, value in want["metrics"].items():
             if not name.startswith(("time/", "tokens/", "memory/")) and "/idle/" not in name:
                 assert rank["metrics"][name] == pytest.approx(value, rel=1e-7, abs=1e-9), name
+
+
+def _bytes_by_transport(metrics, variant):
+    counts = {t: metrics[f"exchange/{t}_bytes"] for t in ("scatter", "gather_adapters")}
+    return counts.get(VARIANTS[variant]["exchange"]["transport"], min(counts.values()))
 
 
 def test_the_step_moves_every_factor(truth):
@@ -128,11 +182,15 @@ def test_the_step_moves_every_factor(truth):
         assert any(name.startswith("edge/") for name in result["metrics"])
 
 
-def test_groups_are_split_where_the_name_says_so(truth):
-    """A part of a group evaluates the prompt again."""
-    for one, other in ((S, S_FULL), (C_FULL, C_SPLIT)):
-        assert truth[one]["recording"].keys() == truth[other]["recording"].keys()
-        assert truth[other]["metrics"]["tokens/update"] > truth[one]["metrics"]["tokens/update"]
+def test_groups_are_split_where_the_name_says_so(truth, tmp_path):
+    """A part of a group evaluates the prompt again, and changes nothing."""
+    for variant in (S_FULL, C_SPLIT):
+        config = _config(variant, {}, optimizer={"microbatch_tokens": 200})
+        whole = one_step(config, tmp_path, STEP, truth[variant]["recording"])
+        assert truth[variant]["metrics"]["tokens/update"] > whole["metrics"]["tokens/update"]
+        for expert, factors in whole["gradients"].items():
+            for name, factor in factors.items():
+                torch.testing.assert_close(truth[variant]["gradients"][expert][name], factor, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("parallel", [{"pipeline": 2, "context": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
