@@ -13,6 +13,9 @@ class ParallelConfig(Section):
     """Tensor-parallel size (TP)."""
     pipeline: int = Field(1, ge=1)
     """Pipeline-parallel size (PP): stages of neighbouring layers, one-forward-one-backward."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Stretches of layers on each pipeline stage (interleaved stages); only 1 is offered, docs/architecture.md says
+    why."""
     context: int = Field(1, ge=1)
     """Context-parallel size (CP): the rows of every microbatch are split over so many ranks, which gather keys and
     values. Rollout splits prompts over them instead."""

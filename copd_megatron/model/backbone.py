@@ -9,11 +9,13 @@ Nothing below ``first_layer`` is differentiated, and trunks that no adapter touc
 
 Under context and sequence parallelism the rows of a pack are shared out (``row_share``). Lanes fan out from any rank's
 rows to any other's, so there all rows of the lower stream are gathered once: hidden size numbers per token, forward
-only. On the last stage the rows that predict completion tokens are gathered, and every rank has them all.
+only. On the last stage the rows that predict completion tokens are gathered, every rank has them all, and context
+ranks share out the head's work on them.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core.enums import ModelType
@@ -102,7 +104,12 @@ class Backbone(nn.Module):
 
     @property
     def head(self) -> Head:
-        """The frozen, vocab-parallel head; last stage only."""
+        """The frozen, vocab-parallel head; last stage only. Context ranks share out the tokens of packs."""
+        return replace(self.own_head, token_group=self.groups.cp if self.groups.layout.cp > 1 else None)
+
+    @property
+    def own_head(self) -> Head:
+        """The same for tokens that this context rank alone has, as in decoding."""
         shard = self.output_weight.shape[0]
         group = self.groups.tp if self.groups.layout.tp > 1 else None
         return Head(self.output_weight, self.groups.coords.tp * shard, self.spec.vocab_size, group,

@@ -8,12 +8,16 @@ al. 2019, arXiv:1909.08053). Gradients go to the hidden states only, complete on
 Shape suffixes: T tokens, H hidden, V this rank's real vocabulary rows, K ids per token, J = 1 + K.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.special import entr
@@ -51,6 +55,9 @@ class Head:
     """Tokens whose logits exist at one time."""
     kernels: Backend = "reference"
     """What evaluates them."""
+    token_group: dist.ProcessGroup | None = None
+    """Ranks with the same hidden states (context parallelism) that share out the tokens of a call: each evaluates an
+    equal part, and all get all results and the whole gradient. None: every rank evaluates all tokens."""
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or not self.weight.is_floating_point():
@@ -112,8 +119,8 @@ def score(hidden_TH: Tensor, head: Head, target_ids_T: Tensor, *, temperature: f
     if bool(((ids_TJ < 0) | (ids_TJ >= head.vocab_size)).any()):
         raise ValueError(f"target_ids_T, at_ids_TK: from {int(ids_TJ.min())} to {int(ids_TJ.max())}; "
                          f"0 to {head.vocab_size - 1}")
-    logprobs_TJ, entropy_T, topk_ids_TK, topk_logprobs_TK = _Score.apply(
-        hidden_TH, head, ids_TJ, temperature, entropy, topk)
+    logprobs_TJ, entropy_T, topk_ids_TK, topk_logprobs_TK = _everybodys(_Score.apply(
+        _own_tokens(hidden_TH, head), head, _own_tokens(ids_TJ, head), temperature, entropy, topk), head, len(ids_TJ))
     return TokenScores(logprobs_TJ[:, 0], entropy_T, topk_ids_TK, topk_logprobs_TK,
                        None if at_ids_TK is None else logprobs_TJ[:, 1:])
 
@@ -140,7 +147,9 @@ def full_divergence(student_hidden_TH: Tensor, teacher_hidden_TH: Tensor, head: 
     if not 0 < jsd_weight < 1:
         raise ValueError(f"jsd_weight: {jsd_weight}; between 0 and 1, both excluded")
     teacher_hidden_TH = teacher_hidden_TH.detach().to(student_hidden_TH.dtype)
-    return _FullDivergence.apply(student_hidden_TH, teacher_hidden_TH, head, kind, temperature, jsd_weight)
+    own = _FullDivergence.apply(_own_tokens(student_hidden_TH, head), _own_tokens(teacher_hidden_TH, head), head,
+                                kind, temperature, jsd_weight)
+    return _everybodys([own], head, len(student_hidden_TH))[0]
 
 
 @torch.no_grad()
@@ -151,6 +160,23 @@ def shard_logits(hidden_TH: Tensor, head: Head, temperature: float = 1.0) -> Ten
     """
     _check_hidden(hidden_TH, head, temperature)
     return block_logits(hidden_TH, head.real_weight, temperature)
+
+
+def _own_tokens(rows: Tensor, head: Head) -> Tensor:
+    """This rank's equal part of the tokens, zeros filled up at the end; the backward gathers all parts."""
+    if _alone(head.token_group) or not len(rows):
+        return rows
+    missing = -len(rows) % dist.get_world_size(head.token_group)
+    padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+    return scatter_to_sequence_parallel_region(padded, group=head.token_group)
+
+
+def _everybodys(parts: Sequence[Tensor | None], head: Head, tokens: int) -> list[Tensor | None]:
+    """All ranks' results, each [tokens, ...]; the backward takes this rank's part, as all have the same gradient."""
+    if _alone(head.token_group) or not tokens:
+        return list(parts)
+    return [None if part is None else gather_from_sequence_parallel_region(
+        part, tensor_parallel_output_grad=False, group=head.token_group)[:tokens] for part in parts]
 
 
 def _check_hidden(hidden_TH: Tensor, head: Head, temperature: float) -> None:

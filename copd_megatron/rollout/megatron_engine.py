@@ -196,10 +196,10 @@ class MegatronEngine:
             last = hidden[:, 0].unflatten(0, (lanes, rows))[:, -1]
             uniform, ready, how = state.uniforms(fed), state.ready(fed), state.how
             if ready is None:
-                sampled = _stack(sample(last, self.backbone.head, how, uniform, self.config.temperature))
+                sampled = _stack(sample(last, self.backbone.own_head, how, uniform, self.config.temperature))
             elif len(ready):
                 where = torch.from_numpy(ready).to(self.device)
-                drawn = sample(last.index_select(0, where), self.backbone.head, how.select(ready),
+                drawn = sample(last.index_select(0, where), self.backbone.own_head, how.select(ready),
                                uniform.index_select(0, where), self.config.temperature)
                 sampled.index_copy_(1, where, _stack(drawn))
         if self.groups.layout.pp > 1:

@@ -14,6 +14,7 @@ def run(*experts: str, **sections) -> RunConfig:
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
+    (["parallel.virtual_pipeline=2"], r"^parallel\.virtual_pipeline: 2; allowed is 1: interleaved stages"),
     (["rollout.top_p=0.9"], r"^rollout\.top_p: 0\.9; training requires 1\.0"),
     (["rlvr.dual_clip=3", "rlvr.loss=cispo"], r"^rlvr\.dual_clip: 3\.0 with rlvr\.loss=cispo"),
     (["rlvr.overlong_buffer_tokens=65", "rollout.max_completion_tokens=64"],

@@ -35,11 +35,12 @@ class Case:
         self.pull = normal(TOKENS, 2 + IDS)
         self.vocab = vocab
 
-    def head(self, chunk_tokens: int = 4, group: dist.ProcessGroup | None = None, kernels: str = "reference") -> Head:
+    def head(self, chunk_tokens: int = 4, group: dist.ProcessGroup | None = None, kernels: str = "reference",
+             token_group: dist.ProcessGroup | None = None) -> Head:
         ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
         rows = len(self.weight) // ranks
         shard = self.weight[rank * rows:(rank + 1) * rows].clone()
-        return Head(shard, rank * rows, self.vocab, group, chunk_tokens, kernels)
+        return Head(shard, rank * rows, self.vocab, group, chunk_tokens, kernels, token_group)
 
     def scores_and_gradient(self, head: Head, temperature: float = 0.7, topk: int = 5) -> Found:
         hidden = self.hidden.clone().requires_grad_()
@@ -222,6 +223,8 @@ def on_a_rank() -> dict[str, Any]:
     narrow = rank_case("ties", torch.float32)
     if len(narrow.weight) % dist.get_world_size() == 0:
         found["triton"] = narrow.scores_and_gradient(narrow.head(group=dist.group.WORLD, kernels="triton"), 1.0)
+    case = rank_case("even")
+    found["tokens"] = everything(case, case.head(token_group=dist.group.WORLD))
     return found
 
 
@@ -231,6 +234,10 @@ def test_ranks_equal_one_rank(ranks):
     if ranks == 2:
         for result in results:
             assert_same(result.pop("triton"), dense_scores(rank_case("ties"), 1.0), 1e-5)
+    shared_out = [result.pop("tokens") for result in results]
+    for found, alone in zip(zip(*shared_out), everything(rank_case("even"), rank_case("even").head())):
+        for own in found:
+            assert_same(own, alone, 1e-11)
     assert set(results[0]) == set(RANK_CASES) - (set() if ranks == 2 else {"even", "ties"})
     for name in results[0]:
         case = rank_case(name)

@@ -32,10 +32,10 @@ VARIANTS = {
     "sequence, split, selective, minibatches, topk": {
         "optimizer": {"microbatch_tokens": 44}, "adapter": {"first_layer": 2}, "model": {"recompute": "selective"},
         "rlvr": {"minibatches_per_rollout": 2}, "opd": {"signal": "topk", "topk": 8},
-        "exchange": {"topology": "full", "transport": "scatter"}},
+        "exchange": {"topology": "ring", "transport": "scatter"}},
     "sequence, split, full": {
         "optimizer": {"microbatch_tokens": 44}, "model": {"recompute": "full"},
-        "exchange": {"topology": "ring", "transport": "gather_adapters"}},
+        "exchange": {"topology": "full", "transport": "gather_adapters"}},
     "completion, full": {
         "adapter": COMPLETION, "model": {"recompute": "full"},
         "exchange": {"topology": "adaptive(1)", "transport": "scatter"}},

@@ -142,12 +142,30 @@ def test_the_terminate_signal_of_a_cluster_is_heeded_too(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
 
-def test_resumed_where_the_experts_were_together_now_apart_and_sharded(never_stopped, tmp_path):
-    _, folder, want = never_stopped("float64")
+@pytest.fixture(scope="module")
+def shared_rows(tmp_path_factory):
+    """(config, run folder, adapters) of a run whose replica shares out rows: TP 2 x CP 2, sequence parallelism."""
+    folder = tmp_path_factory.mktemp("shared_rows")
+    config = make_config(parallel={"tensor": 2, "context": 2, "sequence_parallel": True})
+    return config, folder, run_ranks(4, run, config, folder, timeout_s=240.0)[0]
+
+
+def test_resumed_under_context_and_sequence_parallelism_bit_for_bit(shared_rows, tmp_path):
+    config, folder, want = shared_rows
+    again = killed(folder, tmp_path / "run")
+    for got in run_ranks(4, run, config, again, resume=True, timeout_s=240.0):
+        assert equal(got, want)
+    assert numbers(again) == numbers(folder)
+
+
+def test_resumed_under_another_layout_in_everything(shared_rows, never_stopped, tmp_path):
+    """TP 2 x CP 2 with sequence parallelism, both experts on one replica -> PP 2, each on a replica of its own."""
+    _, folder, _ = shared_rows
+    _, _, want = never_stopped("float64")
     again = killed(folder, tmp_path / "run")
     shutil.rmtree(again / "rollouts")
-    config = make_config(parallel={"tensor": 2})
-    for got in run_ranks(4, run, config, again, resume=True, timeout_s=120.0):
+    config = make_config(parallel={"pipeline": 2})
+    for got in run_ranks(4, run, config, again, resume=True, timeout_s=240.0):
         for expert, factors in want.items():
             for name, factor in factors.items():
                 torch.testing.assert_close(got[expert][name], factor, rtol=0, atol=1e-8)
