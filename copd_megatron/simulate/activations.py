@@ -12,7 +12,9 @@ norms' wide type):
 
 With ``model.recompute=full`` a layer saves its input, H b, and one layer at a time is as above. With ``selective``
 norms keep their input in the compute type, attention neither log-sum-exp nor an out that no adapter reads, SwiGLU no
-silu(gate). A layer whose input needs no gradient (the first adapted one) saves less. Where scope
+silu(gate). Under sequence parallelism a rank has 1 / TP of the rows of norms, of the adapters' inputs of width H and
+of their r numbers after row-parallel linears; under context parallelism it keeps the gathered k and v, 2 CP K b, in
+place of its own. A layer whose input needs no gradient (the first adapted one) saves less. Where scope
 is ``completion``, trunks keep k and v for the leaves' backward. Counted for prefix sharing; naive packs
 in scope ``completion`` copy some rows besides.
 """
@@ -49,6 +51,10 @@ class Width:
     """w, bytes of the type that norms compute in."""
     math: int
     """Bytes of logits and log-probs."""
+    sequence: int = 1
+    """Ranks that share the rows between linears: TP under sequence parallelism."""
+    context: int = 1
+    """Ranks whose keys and values each of them gathers: CP."""
 
     @classmethod
     def of(cls, job: Job, layout: Layout) -> Width:
@@ -58,7 +64,8 @@ class Width:
         wide = max(4, item)
         heads, kv_heads = spec.num_heads // tp, spec.num_kv_heads // tp
         return cls(spec.hidden_size, heads * spec.head_dim, kv_heads * spec.head_dim, spec.ffn_hidden_size // tp,
-                   spec.head_dim, heads, kv_heads, spec.padded_vocab_size(tp) // tp, item, wide, wide)
+                   spec.head_dim, heads, kv_heads, spec.padded_vocab_size(tp) // tp, item, wide, wide,
+                   tp if layout.sequence_parallel else 1, layout.cp)
 
     @property
     def mixed(self) -> int:
@@ -66,36 +73,37 @@ class Width:
         return self.q + 2 * self.kv
 
 
-def layer_row_bytes(job: Job, width: Width, needs_grad: bool) -> int:
-    """Bytes that autograd saves for one row in one layer.
+def layer_row_bytes(job: Job, width: Width, needs_grad: bool) -> float:
+    """Bytes that autograd saves for one row in one layer, on one of the ranks that have it.
 
     Args:
         needs_grad: whether the layer's input does; not so in the first layer with adapters.
     """
     adapted, rank = set(job.adapter.targets), job.adapter.rank
     b, norm = width.item, _norm_row_bytes(job, width)
-    total, grad = 0, needs_grad
+    hidden, own_rank = width.hidden / width.sequence, rank / width.sequence
+    total, grad = 0.0, needs_grad
     if grad:
         total += norm
     into_qkv = adapted & {"q_proj", "k_proj", "v_proj"}
     if into_qkv:
-        total += (width.hidden + len(into_qkv) * rank) * b
+        total += (hidden + len(into_qkv) * rank) * b
         grad = True
     if grad:
         total += _attention_row_bytes(job, width)
     if "o_proj" in adapted:
-        total += rank * b + (0 if grad and not _selective(job) else width.q * b)
+        total += own_rank * b + (0 if grad and not _selective(job) else width.q * b)
         grad = True
     if grad:
         total += norm
     into_fc1 = adapted & {"gate_proj", "up_proj"}
     if into_fc1:
-        total += (width.hidden + len(into_fc1) * rank) * b
+        total += (hidden + len(into_fc1) * rank) * b
         grad = True
     if grad:
         total += (2 if _selective(job) else 3) * width.ffn * b
     if "down_proj" in adapted:
-        total += (width.ffn + rank) * b
+        total += (width.ffn + own_rank) * b
     return total
 
 
@@ -103,17 +111,21 @@ def _selective(job: Job) -> bool:
     return job.model.recompute == "selective"
 
 
-def _norm_row_bytes(job: Job, width: Width) -> int:
-    return width.hidden * width.item if _selective(job) else (width.hidden + 1) * width.wide
+def _norm_row_bytes(job: Job, width: Width) -> float:
+    return (width.hidden * width.item if _selective(job) else (width.hidden + 1) * width.wide) / width.sequence
 
 
 def _attention_row_bytes(job: Job, width: Width) -> int:
     b, w = width.item, width.wide
-    total = (4 * width.head_dim + width.q + width.kv + width.mixed) * b
+    total = (4 * width.head_dim + width.q) * b
     # Queries of several kv groups are copied out of the fused tensor, keys are a view of it.
     copied = width.q if width.kv_heads > 1 else 0
     if _selective(job):
-        return total + copied * b * job.spec.qk_norm
+        return total + (width.kv + width.mixed + copied * job.spec.qk_norm) * b
+    if width.context > 1:
+        total += 2 * width.context * width.kv * b + (width.mixed if job.spec.qk_norm and b == w else 0) * b
+    else:
+        total += (width.kv + width.mixed) * b
     total += width.q * b + width.heads * max(4, width.math)
     if job.spec.qk_norm:
         total += (width.heads + width.kv_heads) * w
@@ -129,16 +141,17 @@ def saved_bytes(job: Job, layout: Layout, stage: int, rows: Rows, width: Width) 
     layers = [i for i in stage_layers(job.spec.num_layers, layout.pp, stage) if i >= first]
     total = 0.0
     if job.model.recompute == "full":
-        total += len(layers) * grad_rows * width.hidden * width.item
+        total += len(layers) * grad_rows * width.hidden / width.sequence * width.item
     else:
         total += sum(grad_rows * layer_row_bytes(job, width, index > first) for index in layers)
         total += len(layers) * _working_copies(job, layout, width)
-    total += len(layers) * trunk_rows * 2 * width.kv * width.item
+    total += len(layers) * trunk_rows * 2 * width.context * width.kv * width.item
     if stage == layout.pp - 1:
-        total += rows.scored * ((width.hidden + 1) * width.wide + width.hidden * width.item)
+        copies = 1 if width.context == 1 else 1 + width.context  # all rows that are scored, and the own ones again
+        total += rows.scored * ((width.hidden + 1) * width.wide / width.sequence + copies * width.hidden * width.item)
         total += rows.scored * _topk(job) * width.math * TOPK_COPIES
     if layout.pp > 1:  # the pipeline keeps what it received and what it sends
-        total += 2 * rows.tokens * width.hidden * width.item
+        total += 2 * rows.tokens * width.hidden / width.sequence * width.item
     return total
 
 

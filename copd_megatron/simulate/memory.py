@@ -158,7 +158,7 @@ def _feature_cache_bytes(job: Job) -> float:
     return min(CACHE_BYTES, tokens * job.steps * (1 + job.spec.deepstack_layers) * job.spec.hidden_size * item)
 
 
-def _on_rank(rows: Rows, layout: Layout) -> Rows:
+def on_rank(rows: Rows, layout: Layout) -> Rows:
     """A rank's part of a microbatch."""
     cp = layout.cp
     return Rows(-(-rows.trunk // cp), -(-rows.leaves // cp), -(-rows.scored // cp), rows.visual, rows.trunks)
@@ -166,7 +166,7 @@ def _on_rank(rows: Rows, layout: Layout) -> Rows:
 
 def _update_bytes(job: Job, layout: Layout, stage: int, batch: Rows, batches: int, width: Width) -> dict[str, float]:
     """Everything saved for the backward, and what the backward (or the head) makes on the way."""
-    rows, last = _on_rank(batch, layout), stage == layout.pp - 1
+    rows, last = on_rank(batch, layout), stage == layout.pp - 1
     in_flight = min(layout.pp - stage, batches)  # Megatron's 1F1B schedule
     head = head_bytes(job, rows, width, backward=True) if last else 0
     layers = backward_bytes(job, layout, rows, width)
@@ -175,7 +175,7 @@ def _update_bytes(job: Job, layout: Layout, stage: int, batch: Rows, batches: in
 
 
 def _score_bytes(job: Job, layout: Layout, stage: int, batch: Rows, width: Width) -> dict[str, float]:
-    rows, last = _on_rank(batch, layout), stage == layout.pp - 1
+    rows, last = on_rank(batch, layout), stage == layout.pp - 1
     head = head_bytes(job, rows, width, backward=False) if last else 0
     return _larger("forward", forward_bytes(job, rows, width), "head chunk", head)
 
