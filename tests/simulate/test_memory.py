@@ -215,7 +215,7 @@ def test_tiny_recipe_is_planned_within_a_tenth_of_what_an_update_holds(tmp_path)
 def test_an_expert_adds_its_adapters_and_optimizer_and_nothing_else(tmp_path):
     """Allocated bytes after one real step at 8 experts minus at 1 = 7 x (adapters, gradients, Adam), within 2 %."""
     base = toy_config("qwen3", ("text",), adapter={"rank": 16}, schedule={"opd_steps": 0},
-                      rollout={"prompts_per_step": 2, "group_size": 2})
+                      rollout={"prompts_per_step": 1, "group_size": 2}, metrics={"overlap_tokens": 1})
     allocated = {}
     for count in (1, 8):
         task = ExpertConfig(task=LetterTask, task_args={"letter": "a", "media": None})

@@ -23,6 +23,7 @@ class PlainCopd:
     def __init__(self, config: RunConfig, model: PlainModel, start: Mapping[str, Factors], reference: Factors | None):
         """``start``: every expert's factors before the step; ``reference``: of the KL penalty (None: backbone)."""
         self.config, self.model, self.start, self.reference = config, model, start, reference
+        self._frozen: dict[tuple[int, int], Tensor] = {}
 
     def gradient(self, samples: Sequence[Sample], everything: Sequence[Sample], factors: Factors) -> dict[str, Tensor]:
         """d loss / d factors of one expert's minibatch ``samples``; ``everything``: all samples of the step."""
@@ -40,7 +41,7 @@ class PlainCopd:
         every = self._logprobs(sample, factors)
         own = every.gather(1, tokens[:, None])[:, 0]
         with torch.no_grad():
-            old = self._logprobs(sample, self.start[sample.expert]).gather(1, tokens[:, None])[:, 0]
+            old = self._known(sample, self.start[sample.expert]).gather(1, tokens[:, None])[:, 0]
         if sample.edge is not None:
             return self._cross(sample, every, own, old, tokens)
         rlvr = self.config.rlvr
@@ -48,7 +49,7 @@ class PlainCopd:
         loss = loss * self._correction(sample, old)
         if rlvr.kl_coef:
             with torch.no_grad():
-                reference = self._logprobs(sample, self.reference).gather(1, tokens[:, None])[:, 0]
+                reference = self._known(sample, self.reference).gather(1, tokens[:, None])[:, 0]
             d = own - reference
             # As a loss, k1 has the gradient of k2 (see losses.kl).
             penalty = {"k1": d ** 2 / 2, "k2": d ** 2 / 2, "k3": torch.exp(-d) - 1 + d}[rlvr.kl_estimator]
@@ -58,7 +59,7 @@ class PlainCopd:
     def _cross(self, sample: Sample, every: Tensor, own: Tensor, old: Tensor, tokens: Tensor) -> Tensor:
         opd, beta = self.config.opd, sample.edge.beta
         with torch.no_grad():
-            teacher = self._logprobs(sample, self.start[sample.edge.teacher])
+            teacher = self._known(sample, self.start[sample.edge.teacher])
             delta = teacher.gather(1, tokens[:, None])[:, 0] - old
         kept = delta.abs() < (opd.delta_guard or float("inf"))
         if opd.signal == "sampled":
@@ -66,7 +67,7 @@ class PlainCopd:
         student = every
         if opd.signal in ("topk", "student_topk"):
             with torch.no_grad():
-                asked = teacher if opd.signal == "topk" else self._logprobs(sample, self.start[sample.expert])
+                asked = teacher if opd.signal == "topk" else self._known(sample, self.start[sample.expert])
             ids = asked.topk(opd.topk, 1).indices
             tails = [torch.log1p(-x.gather(1, ids).exp().sum(1, keepdim=True)) for x in (every, teacher)]
             student, teacher = (torch.cat([x.gather(1, ids), tail], 1) for x, tail in zip((every, teacher), tails))
@@ -106,6 +107,13 @@ class PlainCopd:
         weight = torch.exp(old - torch.tensor(sample.completion.logprobs, dtype=torch.float64))
         inside = (weight >= 1 / cap) & (weight <= cap)
         return {"none": torch.ones_like(weight), "truncated": weight.clamp(max=cap), "masked": weight * inside}[kind]
+
+    def _known(self, sample: Sample, factors: Factors | None) -> Tensor:
+        """``_logprobs`` under factors that never change, evaluated once."""
+        key = id(sample), id(factors)
+        if key not in self._frozen:
+            self._frozen[key] = self._logprobs(sample, factors)
+        return self._frozen[key]
 
     def _logprobs(self, sample: Sample, factors: Factors | None) -> Tensor:
         prompt = sample.completion.prompt

@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_formulas(variant, tmp_path):
             want = plain.gradient(own, samples, factors)
             for name, gradient in gradients.items():
                 torch.testing.assert_close(gradient, want[name], rtol=0, atol=1e-9, msg=f"{expert} {number} {name}")
-        if VARIANTS[variant].keys() - {"adapter"}:  # the switches were not idle
+        if expert == EXPERTS[0] and VARIANTS[variant].keys() - {"adapter"}:  # the switches were not idle
             ordinary = default.gradient(own, samples, factors)
             assert any((want[n] - ordinary[n]).abs().max() > 1e-4 for n in want)
     check_metrics(config, metrics)

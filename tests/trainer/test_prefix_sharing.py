@@ -10,7 +10,8 @@ def test_sharing_changes_no_expert(scope, first_layer, tmp_path):
     results = [run_steps(toy_config(experts=("text", "image"),
                                     model={"prefix_sharing": sharing},
                                     adapter={"scope": scope, "first_layer": first_layer},
-                                    metrics={"rollouts": False}), tmp_path / str(sharing))
+                                    rollout={"prompts_per_step": 2, "group_size": 3},
+                                    metrics={"rollouts": False, "overlap_tokens": 1}), tmp_path / str(sharing))
                for sharing in (True, False)]
     shared, naive = results
     assert shared["tokens"] == naive["tokens"]

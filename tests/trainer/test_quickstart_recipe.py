@@ -14,8 +14,8 @@ from support.toy_run import run_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLER = {"model.dtype": "float64", "schedule.cycles": 1, "schedule.rl_steps": 1, "schedule.opd_steps": 1,
-           "rollout.prompts_per_step": 3, "rollout.group_size": 3, "evaluation.every": 0, "evaluation.final_prompts": 3,
-           "metrics.tensorboard": False, "metrics.progress": "off", "metrics.overlap_tokens": 16,
+           "rollout.prompts_per_step": 2, "rollout.group_size": 2, "evaluation.every": 0, "evaluation.final_prompts": 1,
+           "metrics.tensorboard": False, "metrics.progress": "off", "metrics.overlap_tokens": 4,
            "checkpoint.export_merged": False}
 
 
@@ -30,18 +30,20 @@ def config(tensor: int = 1, pipeline: int = 1):
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    return run_ranks(1, run_steps, config(), tmp_path_factory.mktemp("one_rank"))[0]
+    result = run_ranks(1, run_steps, config(), tmp_path_factory.mktemp("one_rank"))[0]
+    for factors in result["adapters"].values():
+        assert all(factor.any() for factor in factors.values())  # lora_B starts at 0
+    return result
 
 
-@pytest.mark.parametrize("world, tensor, pipeline", [(2, 2, 1), (2, 1, 2), (2, 1, 1)],
-                         ids=["TP 2", "PP 2", "3 experts on 2 replicas"])
-def test_layout_equals_one_rank(one_rank, world, tensor, pipeline, tmp_path):
-    for got in run_ranks(world, run_steps, config(tensor, pipeline), tmp_path, timeout_s=120):
+@pytest.mark.parametrize("tensor, pipeline", [(2, 1), (1, 2)], ids=["TP 2", "PP 2"])
+def test_layout_equals_one_rank(one_rank, tensor, pipeline, tmp_path):
+    for got in run_ranks(2, run_steps, config(tensor, pipeline), tmp_path, timeout_s=120):
         assert got["tokens"] == one_rank["tokens"]
         torch.testing.assert_close(got["adapters"], one_rank["adapters"], rtol=0, atol=1e-8)
 
 
-def test_torchrun_trains_the_same_experts(one_rank, tmp_path):
+def test_torchrun_trains_the_same_three_experts_on_two_replicas(one_rank, tmp_path):
     options = [part for override in overrides() for part in ("--set", override)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
