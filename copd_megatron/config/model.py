@@ -29,7 +29,8 @@ class ModelConfig(Section):
     """Tokens whose logits exist at one time in losses over the vocabulary."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping it: ``selective`` norms, activations, attention and gathered
-    keys (little work), ``full`` each transformer layer (all that is left is one hidden state per layer and token)."""
+    keys (little work; about a quarter of a bfloat16 layer's memory, more under context parallelism), ``full`` each
+    transformer layer (one hidden state per layer and token is left)."""
 
 
 class AdapterConfig(Section):
