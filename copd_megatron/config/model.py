@@ -21,6 +21,9 @@ class ModelConfig(Section):
     attention: Literal["auto", "reference", "flash"] = "auto"
     """Attention backend. ``reference`` is plain torch; ``flash`` merges prefix and completion parts by
     log-sum-exp over torch's fused kernels; ``auto`` is flash."""
+    fp8: Literal["none", "frozen_rowwise"] = "none"
+    """``frozen_rowwise``: the layers' linears are kept in FP8, 1 byte per parameter with one scale per output row, and
+    multiplied in FP8 with activations scaled per token, forward and backward; all else stays in ``dtype``."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """Operators over the vocabulary (top-k, log-probs, divergences), and all experts' adapters in one launch.
     ``reference`` is plain torch and defines them; ``triton`` is fused, for CUDA; ``auto`` is triton on CUDA and

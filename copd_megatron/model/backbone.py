@@ -76,6 +76,9 @@ class Backbone(nn.Module):
         self.config = transformer_config(spec, groups, self.dtype)
         self.rules = PackRules(adapter.scope, adapter.first_layer, model.prefix_sharing, spec.rope)
         self.backend = "flash" if model.attention == "auto" else model.attention
+        if model.fp8 != "none" and self.dtype == torch.float64:
+            raise UserError("model.fp8: frozen_rowwise with model.dtype=float64; float32 and bfloat16 are allowed; choose "
+                            "one, or model.fp8=none")
         try:
             self.kernels = resolve(model.kernels, device(), self.dtype)
         except ValueError as error:
@@ -90,8 +93,8 @@ class Backbone(nn.Module):
             self.embedding = VocabParallelEmbedding(padded, spec.hidden_size, init_method=nn.init.zeros_,
                                                     config=self.config, tp_group=groups.tp).requires_grad_(False)
         self.selective = model.recompute == "selective"
-        self.layers = nn.ModuleList(build_layer(spec, self.config, groups, self.bank, i, self.selective, self.kernels)
-                                    for i in self.layer_range)
+        self.layers = nn.ModuleList(build_layer(spec, self.config, groups, self.bank, i, self.selective, self.kernels,
+                                                model.fp8) for i in self.layer_range)
         if groups.is_last_stage:
             self.final_norm = RMSNorm(self.config, spec.hidden_size, spec.norm_eps).requires_grad_(False)
             if spec.tied_head and groups.is_first_stage:

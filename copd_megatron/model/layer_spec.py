@@ -24,6 +24,7 @@ from copd_kernels.backend import Backend
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.adapter_linear import AdapterGateUpLinear, AdapterQKVLinear, AdapterRowLinear
 from copd_megatron.model.attention import PackCoreAttention
+from copd_megatron.model.fp8 import hold_in_fp8
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.types import UserError
@@ -99,10 +100,12 @@ def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -
 
 
 def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, bank: AdapterBank,
-                index: int, recompute: bool = False, kernels: Backend = "reference") -> TransformerLayer:
+                index: int, recompute: bool = False, kernels: Backend = "reference",
+                fp8: str = "none") -> TransformerLayer:
     """Layer ``index`` (global, 0-based) with its linears connected to the bank.
 
     ``recompute``: norms and activations are computed again in the backward. ``kernels``: what adds the adapters.
+    ``fp8``: how the linears' weights are kept.
     """
     norm = RMSNorm if spec.qk_norm else IdentityOp
     submodules = TransformerLayerSubmodules(
@@ -129,5 +132,7 @@ def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, b
             (attention.linear_qkv, "qkv", ("q_proj", "k_proj", "v_proj")), (attention.linear_proj, "proj", ("o_proj",)),
             (mlp.linear_fc1, "fc1", ("gate_proj", "up_proj")), (mlp.linear_fc2, "fc2", ("down_proj",))):
         linear.attach(parts, bank.routing, bank.lora_of(index, name), kernels)
+        if fp8 == "frozen_rowwise":
+            hold_in_fp8(linear, f"{name} of layer {index}")
     attention.linear_qkv.attach_heads(spec.num_heads // tp, spec.num_kv_heads // tp, spec.head_dim)
     return layer.requires_grad_(False)

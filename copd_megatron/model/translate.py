@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from copd_megatron.model.fp8 import SCALE, is_fp8, quantised
 from copd_megatron.model.hf_config import read_spec
 from copd_megatron.model.safetensor_reader import SafetensorReader
 from copd_megatron.model.spec import BackboneSpec, Family
@@ -191,7 +192,11 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> None:
     with SafetensorReader(path) as reader:
         check_tensors(spec, reader)
         for name, parameter in parameters.items():
-            _fill(parameter, pieces[name], reader, padded=name in _TABLES)
+            if is_fp8(parameter):
+                scales = backbone.get_buffer(f"{name.rpartition('.')[0]}.{SCALE}")
+                _fill_quantised(parameter, scales, pieces[name], reader)
+            else:
+                _fill(parameter, pieces[name], reader, padded=name in _TABLES)
         if spec.tied_head and HEAD_NAME in reader.entries:
             _check_tied(backbone, reader)
 
@@ -240,6 +245,19 @@ def _fill(parameter: torch.nn.Parameter, pieces: list[Piece], reader: Safetensor
     if row != len(parameter) and not padded:
         raise ValueError(f"{[piece.name for piece in pieces]} give {row} rows for {len(parameter)}")
     parameter[row:] = 0
+
+
+def _fill_quantised(parameter: torch.nn.Parameter, scales: torch.Tensor, pieces: list[Piece],
+                    reader: SafetensorReader) -> None:
+    """The same in FP8 rows; whole rows are read even where the rank has some of their columns."""
+    row = 0
+    for piece in pieces:
+        values, rows_scales = quantised(reader.read(piece.name, piece.rows), piece.cols)
+        parameter[row : row + len(values)].copy_(values)
+        scales[row : row + len(values)].copy_(rows_scales)
+        row += len(values)
+    if row != len(parameter):
+        raise ValueError(f"{[piece.name for piece in pieces]} give {row} rows for {len(parameter)}")
 
 
 def _check_tied(backbone: Backbone, reader: SafetensorReader) -> None:

@@ -167,7 +167,7 @@ def _rollout_time(job: Job, layout: Layout, hardware: Hardware, groups: list[Gro
     spec, item = job.spec, DTYPES[job.model.dtype].itemsize
     lanes = sum(group.count for group in groups) * job.rollout.group_size / layout.cp
     waves = max(1, -(-int(lanes) // job.rollout.decode_lanes))
-    weights = sum(sum(v for part, v in backbone_bytes(spec, layout, stage, job.model.dtype).items()
+    weights = sum(sum(v for part, v in backbone_bytes(spec, layout, stage, job.model.dtype, job.model.fp8).items()
                       if part != "embedding" or spec.tied_head) for stage in range(layout.pp))
     kv_row = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers * item / layout.tp
     prefixes = sum(group.count * job.prompts[group.domain].tokens for group in groups) / layout.cp

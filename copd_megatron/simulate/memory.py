@@ -39,6 +39,8 @@ from copd_megatron.simulate.job import Job, Rows
 
 STEP_BYTES = 4
 """Adam's count of updates, one float32 per parameter."""
+SCALE_BYTES = 4
+"""float32 scale of a row in FP8."""
 PHASES = ("rollout", "score", "update", "evaluate")
 
 
@@ -84,20 +86,26 @@ class _Seat:
 
 
 @lru_cache(maxsize=4096)
-def backbone_bytes(spec: BackboneSpec, layout: Layout, stage: int, dtype: str) -> dict[str, int]:
-    """Bytes of the frozen shards of a stage: embedding, layers, head. Every TP rank holds equally many."""
+def backbone_bytes(spec: BackboneSpec, layout: Layout, stage: int, dtype: str, fp8: str = "none") -> dict[str, int]:
+    """Bytes of the frozen shards of a stage: embedding, layers, head. Every TP rank holds equally many.
+
+    ``fp8``: ``model.fp8``; in FP8 rows a linear has a byte per element and a float32 scale per row.
+    """
     shapes = expected_shapes(spec)
     item = DTYPES[dtype].itemsize
     layers = 0
     for index in stage_layers(spec.num_layers, layout.pp, stage):
-        for pieces in layer_pieces(spec, index, 0, layout.tp).values():
-            layers += sum(_elements(shapes[p.name], p.rows, p.cols) for p in pieces)
+        for name, pieces in layer_pieces(spec, index, 0, layout.tp).items():
+            elements = sum(_elements(shapes[p.name], p.rows, p.cols) for p in pieces)
+            rows = sum(_elements(shapes[p.name][:1], p.rows) for p in pieces)
+            rounded = fp8 != "none" and ".linear_" in name and name.endswith(".weight")
+            layers += elements + SCALE_BYTES * rows if rounded else item * elements
     hidden = spec.hidden_size
     table = spec.padded_vocab_size(layout.tp) // layout.tp * hidden
     first, last = stage == 0, stage == layout.pp - 1
     own_head = HEAD_NAME in shapes or not first
     norm = math.prod(shapes[f"{TEXT_PREFIX[spec.family]}norm.weight"])
-    return {"embedding": item * table * first, "layers": item * layers,
+    return {"embedding": item * table * first, "layers": layers,
             "head": item * (norm + table * own_head) * last}
 
 
@@ -128,7 +136,7 @@ def rank_memory(job: Job, layout: Layout, placement: Placement, replica: int, st
     """Bytes of any rank of this replica and stage (TP and CP ranks of one stage hold equally much)."""
     hosted = len(placement.experts_of(replica))
     one = adapter_bytes(job, layout, stage)
-    always: dict[str, float] = dict(backbone_bytes(job.spec, layout, stage, job.model.dtype))
+    always: dict[str, float] = dict(backbone_bytes(job.spec, layout, stage, job.model.dtype, job.model.fp8))
     layers = stage_layers(job.spec.num_layers, layout.pp, stage)
     if stage_needs_features(job.spec, layers):
         always["vision tower"] = job.vision_bytes

@@ -1,0 +1,94 @@
+"""FP8 rows on a trained backbone: what they cost, and that every path through the model sees the same bytes."""
+from pathlib import Path
+
+import pytest
+import torch
+
+from copd_megatron.config.loading import apply_overrides, load_recipe
+from copd_megatron.model.fp8 import SCALE, is_fp8
+from copd_megatron.simulate.memory import backbone_bytes
+from copd_megatron.trainer.build import build_trainer
+from copd_megatron.types import UserError
+from support.ranks import run_ranks
+from support.replay import one_step
+
+RECIPE = Path(__file__).resolve().parents[2] / "examples/quickstart.py"
+SMALL = ("rollout.prompts_per_step=4", "rollout.group_size=4", "metrics.progress=off", "metrics.rollouts=false",
+         "metrics.tensorboard=false", "evaluation.every=0")
+STEP = 3
+"""The first OPD step: native and cross batches."""
+
+
+def config_of(*overrides: str):
+    return apply_overrides(load_recipe(RECIPE), [*SMALL, *overrides])
+
+
+FP8 = "model.fp8=frozen_rowwise"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A step of the float32 backbone, with the rollouts that it sampled."""
+    return run_ranks(1, one_step, config_of(), tmp_path_factory.mktemp("plain"), STEP)[0]
+
+
+@pytest.fixture(scope="module")
+def rounded(plain, tmp_path_factory):
+    """The same step on the same rollouts, in FP8 rows."""
+    return run_ranks(1, one_step, config_of(FP8), tmp_path_factory.mktemp("fp8"), STEP, plain["recording"])[0]
+
+
+def cosine(left: dict, right: dict) -> float:
+    a, b = (torch.cat([own[name].flatten().double() for name in sorted(own)]) for own in (left, right))
+    return float(a @ b / a.norm() / b.norm())
+
+
+def test_log_probs_and_gradients_stay_near_those_of_float32(plain, rounded):
+    """The rollouts carry the float32 model's log-probs, so the mismatch is what rounding did."""
+    for expert in plain["gradients"]:
+        assert plain["metrics"][f"{expert}/mismatch_kl"] < 1e-6
+        assert 0 < rounded["metrics"][f"{expert}/mismatch_kl"] < 0.005
+        assert 0.93 < cosine(plain["gradients"][expert], rounded["gradients"][expert]) < 1
+
+
+def test_decoding_and_training_see_the_same_weights(tmp_path):
+    """Tokens sampled in FP8 are scored in FP8: only the order of sums differs, which may move a rounding."""
+    result = run_ranks(1, one_step, config_of(FP8), tmp_path, STEP)[0]
+    for expert in result["gradients"]:
+        assert result["metrics"][f"{expert}/mismatch_kl"] < 1e-4
+
+
+def bytes_of(config, folder):
+    """Name -> FP8 bytes and scales of this rank; it holds as many bytes as are planned."""
+    trainer = build_trainer(config, folder)
+    backbone = trainer.runner.backbone
+    held = sum(t.nbytes for t in (*backbone.layers.parameters(), *backbone.layers.buffers()))
+    assert held == backbone_bytes(backbone.spec, trainer.groups.layout, 0, "float32", "frozen_rowwise")["layers"]
+    found = {}
+    for name, parameter in backbone.named_parameters():
+        if is_fp8(parameter):
+            scales = backbone.get_buffer(f"{name.rpartition('.')[0]}.{SCALE}")
+            found[name] = parameter.view(torch.uint8).clone(), scales.clone()
+    trainer.groups.destroy()
+    return found
+
+
+def test_bytes_do_not_depend_on_tensor_parallelism(tmp_path):
+    whole = run_ranks(1, bytes_of, config_of(FP8), tmp_path / "one")[0]
+    parts = run_ranks(2, bytes_of, config_of(FP8, "parallel.tensor=2"), tmp_path / "two")
+    assert len(whole) == 4 * 4
+    for name, (values, scales) in whole.items():
+        (a, a_scales), (b, b_scales) = (part[name] for part in parts)
+        if "linear_proj" in name or "linear_fc2" in name:
+            assert torch.equal(torch.cat([a, b], 1), values) and torch.equal(a_scales, scales)
+            assert torch.equal(b_scales, scales)
+        elif "linear_qkv" in name:
+            assert torch.equal(torch.cat([a, b]), values) and torch.equal(torch.cat([a_scales, b_scales]), scales)
+        else:  # [gate | up] on each rank
+            halves = [part.chunk(2) for part in (a, b)]
+            assert torch.equal(torch.cat([halves[0][0], halves[1][0], halves[0][1], halves[1][1]]), values)
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(UserError, match="model.fp8: frozen_rowwise with model.dtype=float64"):
+        build_trainer(config_of(FP8, "model.dtype=float64"), tmp_path)
