@@ -77,8 +77,8 @@ class Backbone(nn.Module):
         self.rules = PackRules(adapter.scope, adapter.first_layer, model.prefix_sharing, spec.rope)
         self.backend = "flash" if model.attention == "auto" else model.attention
         if model.fp8 != "none" and self.dtype == torch.float64:
-            raise UserError("model.fp8: frozen_rowwise with model.dtype=float64; float32 and bfloat16 are allowed; choose "
-                            "one, or model.fp8=none")
+            raise UserError("model.fp8: frozen_rowwise with model.dtype=float64; float32 and bfloat16 are allowed; "
+                            "choose one, or model.fp8=none")
         try:
             self.kernels = resolve(model.kernels, device(), self.dtype)
         except ValueError as error:

@@ -11,6 +11,7 @@ from copd_megatron.trainer.build import build_trainer
 from copd_megatron.types import UserError
 from support.ranks import run_ranks
 from support.replay import one_step
+from support.toy_run import toy_trainer
 
 RECIPE = Path(__file__).resolve().parents[2] / "examples/quickstart.py"
 SMALL = ("rollout.prompts_per_step=4", "rollout.group_size=4", "metrics.progress=off", "metrics.rollouts=false",
@@ -91,4 +92,5 @@ def test_bytes_do_not_depend_on_tensor_parallelism(tmp_path):
 
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(UserError, match="model.fp8: frozen_rowwise with model.dtype=float64"):
-        build_trainer(config_of(FP8, "model.dtype=float64"), tmp_path)
+        with toy_trainer(config_of(FP8, "model.dtype=float64"), tmp_path):
+            pass
