@@ -10,8 +10,9 @@ many rounds as the slowest has; messages may be empty.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +23,21 @@ from copd_megatron.exchange.wire import Trade, Wire, as_bytes, from_bytes
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
 
+Key = TypeVar("Key", bound=Hashable)
+
 IN_FLIGHT = 2
 """Rounds on the wire at a time; their buffers are what the overlap costs in memory."""
 ROUND_BYTES = torch.int32.itemsize
 """Of the round of one request."""
+
+
+class _Part(NamedTuple):
+    """The stretch of a message that holds all signals of one kind, or what stayed here of it."""
+
+    kind: Kind
+    places: list[int]
+    """Indices of the requests that they answer."""
+    lengths: list[int]
 
 
 class Answers:
@@ -42,10 +54,12 @@ class Answers:
             raise ValueError(f"round_of: {len(round_of)} rounds for {len(self.requests)} requests")
         self.rounds = self.own_rounds = max(round_of, default=-1) + 1
         askers = [peer for peer, part in enumerate(received) for _ in part]
-        self._to_send = _grouped(zip(round_of, askers))
-        """(round, peer that asked) -> indices into ``to_score``."""
-        self._to_come = _grouped(zip(self._rounds_of_asked(hosts, askers, round_of), hosts))
-        """(round, peer that answers) -> indices into ``asked``."""
+        self._in_round = _grouped(round_of)
+        """Round -> indices into ``to_score``."""
+        self._to_send = _parts(zip(round_of, askers), self.requests)
+        """(round, peer that asked) -> what it gets, in indices into ``to_score``."""
+        self._to_come = _parts(zip(self._rounds_of_asked(hosts, askers, round_of), hosts), asked)
+        """(round, peer that answers) -> what comes, in indices into ``asked``."""
         self._next = 0
         self._flying: deque[tuple[int, Trade]] = deque()
         self._result: dict[int, Signal] = {}
@@ -56,22 +70,23 @@ class Answers:
         Raises:
             ValueError: not the requests of this round, or a signal of another kind or length.
         """
-        wanted = [i for (round_, _), some in self._to_send.items() if round_ == self._next for i in some]
+        wanted = self._in_round[self._next]
         if signals.keys() != set(wanted):
-            raise ValueError(f"signals of requests {sorted(signals)} for round {self._next}, which has "
-                             f"{sorted(wanted)}")
+            raise ValueError(f"signals of requests {sorted(signals)} for round {self._next}, which has {wanted}")
         for index, signal in signals.items():
             self._check(index, signal)
         home = self._next, self.here
-        for place, index in zip(self._to_come[home], self._to_send[home], strict=True):
-            self._result[place] = self.codecs[signals[index].kind].round(signals[index])
+        for came, part in zip(self._to_come[home], self._to_send[home], strict=True):
+            rounded = self.codecs[part.kind].round([signals[i] for i in part.places])
+            self._result |= zip(came.places, rounded, strict=True)
         if self.wire is not None:
             if len(self._flying) == IN_FLIGHT:
                 self._land()
             peers = range(self.wire.size)
-            out = [self._message([signals[i] for i in self._to_send[self._next, peer] if peer != self.here])
-                   for peer in peers]
-            sizes = [sum(self._sizes(peer, self._next).values()) for peer in peers]
+            out = [[piece for part in self._to_send[self._next, peer] if peer != self.here
+                    for piece in self.codecs[part.kind].pack([signals[i] for i in part.places])] for peer in peers]
+            sizes = [sum(map(self._size, self._to_come[self._next, peer])) if peer != self.here else 0
+                     for peer in peers]
             self._flying.append((self._next, self.wire.trade(out, sizes)))
         self._next += 1
 
@@ -97,10 +112,10 @@ class Answers:
         rounds = {self.here: of_peer[self.here]}
         if self.wire is not None:
             peers = range(self.wire.size)
-            out = [[self.rounds, *of_peer[peer]] if peer != self.here else [] for peer in peers]
+            out = [[torch.tensor([self.rounds, *of_peer[peer]], dtype=torch.int32, device=device())]
+                   if peer != self.here else [] for peer in peers]
             sizes = [ROUND_BYTES * (1 + hosts.count(peer)) if peer != self.here else 0 for peer in peers]
-            messages = self.wire.trade([as_bytes(torch.tensor(own, dtype=torch.int32, device=device()))
-                                        for own in out], sizes).wait()
+            messages = self.wire.trade([list(map(as_bytes, numbers)) for numbers in out], sizes).wait()
             for peer in peers:
                 if peer != self.here:
                     count, *rounds[peer] = from_bytes(messages[peer], torch.int32).tolist()
@@ -108,32 +123,18 @@ class Answers:
         unread = {peer: iter(own) for peer, own in rounds.items()}
         return [next(unread[host]) for host in hosts]
 
-    def _message(self, signals: Sequence[Signal]) -> Tensor:
-        """[bytes] uint8: what a peer gets in a round, kind after kind."""
-        parts = [as_bytes(self.codecs[kind].pack(some, device())) for kind in sorted(self.codecs)
-                 if (some := [signal for signal in signals if signal.kind == kind])]
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device())
-
-    def _sizes(self, peer: int, round_: int) -> dict[Kind, int]:
-        """Bytes of each kind, in their order, that a peer sends here in a round."""
-        sizes = dict.fromkeys(sorted(self.codecs), 0)
-        for place in self._to_come[round_, peer] if peer != self.here else ():
-            kind = self.asked[place].kind
-            sizes[kind] += len(self.asked[place].token_ids) * self.codecs[kind].bytes_per_token()
-        return sizes
+    def _size(self, part: _Part) -> int:
+        """Bytes of a part of a message."""
+        return sum(part.lengths) * self.codecs[part.kind].bytes_per_token()
 
     def _land(self) -> None:
         """Wait for the oldest round and decode it."""
         round_, trade = self._flying.popleft()
         for peer, message in enumerate(trade.wait()):
-            if peer == self.here:
-                continue
-            sizes = self._sizes(peer, round_)
-            for (kind, codec), part in zip(sorted(self.codecs.items()), message.split(list(sizes.values()))):
-                places = [i for i in self._to_come[round_, peer] if self.asked[i].kind == kind]
-                lengths = [len(self.asked[i].token_ids) for i in places]
-                signals = codec.unpack(part.view(-1, codec.bytes_per_token()), lengths)
-                self._result |= {i: self._with_ids(i, signal) for i, signal in zip(places, signals)}
+            for part in self._to_come[round_, peer] if peer != self.here else ():
+                content, message = message.tensor_split([self._size(part)])
+                signals = self.codecs[part.kind].unpack(content, part.lengths)
+                self._result |= {i: self._with_ids(i, signal) for i, signal in zip(part.places, signals)}
 
     def _with_ids(self, place: int, signal: Signal) -> Signal:
         """The signal with the ids that the student asked for, which did not travel twice."""
@@ -151,9 +152,19 @@ class Answers:
             raise ValueError(f"signal number {index} is {given}, not {wanted}")
 
 
-def _grouped(keys: Iterable[tuple[int, int]]) -> defaultdict[tuple[int, int], list[int]]:
+def _grouped(keys: Iterable[Key]) -> defaultdict[Key, list[int]]:
     """Key -> places at which it stands, ascending."""
     places = defaultdict(list)
     for place, key in enumerate(keys):
         places[key].append(place)
     return places
+
+
+def _parts(keys: Iterable[tuple[int, int]], requests: Sequence[ScoreRequest]
+           ) -> defaultdict[tuple[int, int], list[_Part]]:
+    """(round, peer) of each request -> the parts of the message that answers them."""
+    parts = defaultdict(list)
+    found = _grouped((*key, request.kind) for key, request in zip(keys, requests, strict=True))
+    for (round_, peer, kind), places in sorted(found.items()):
+        parts[round_, peer].append(_Part(kind, places, [len(requests[i].token_ids) for i in places]))
+    return parts

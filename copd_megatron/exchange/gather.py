@@ -54,14 +54,14 @@ def gathered_teachers(bank: AdapterBank, groups: Groups, edges: Iterable[Edge], 
     coming = [[expert for expert, source, to in copies if to == here and source == peer]
               for peer in range(wire.size)]
     size = bank.dtype.itemsize * sum(rows * cols for rows, cols in shapes.values())
-    empty = torch.empty(0, dtype=torch.uint8, device=bank.device)
-    flats = {expert: as_bytes(_flat(bank, expert, shapes)) for expert in {e for some in leaving for e in some}}
-    messages = wire.trade([torch.cat([empty, *(flats[e] for e in some)]) for some in leaving],
+    pieces = {expert: [as_bytes(factor) for factor in _factors(bank, expert, shapes)]
+              for expert in {e for some in leaving for e in some}}
+    messages = wire.trade([[piece for e in some for piece in pieces[e]] for some in leaving],
                           [size * len(some) for some in coming]).wait()
     foreign = [expert for some in coming for expert in some]
     try:
         for some, message in zip(coming, messages):
-            for expert, part in zip(some, message.split(size) if size else [empty] * len(some)):
+            for expert, part in zip(some, message.view(len(some), size)):
                 _put(bank, expert, from_bytes(part, bank.dtype), shapes)
         yield
     finally:
@@ -87,9 +87,10 @@ def teacher_copies(edges: Iterable[Edge], placement: Placement) -> list[tuple[st
 def _share(bank: AdapterBank, groups: Groups, expert: str) -> None:
     """Broadcast one expert's shards from the first replica that hosts it; the others keep a copy."""
     hosted, shapes = expert in groups.hosted, _shapes(bank)
-    size = sum(rows * cols for rows, cols in shapes.values())
-    flat = _flat(bank, expert, shapes) if hosted else torch.empty(size, dtype=bank.dtype, device=bank.device)
-    if size:  # stages below the first adapted layer have none
+    flat = torch.empty(sum(rows * cols for rows, cols in shapes.values()), dtype=bank.dtype, device=bank.device)
+    if hosted and shapes:  # stages below the first adapted layer have none
+        torch.cat([factor.flatten() for factor in _factors(bank, expert, shapes)], out=flat)
+    if shapes:
         dist.broadcast(flat, group=groups.exchange, group_src=groups.placement.replicas_of(expert)[0])
     if not hosted:
         _put(bank, expert, flat, shapes)
@@ -100,11 +101,10 @@ def _shapes(bank: AdapterBank) -> dict[str, tuple[int, int]]:
     return {name: bank.local_shape(name, bank.config.rank) for name in bank.factor_names()}
 
 
-def _flat(bank: AdapterBank, expert: str, shapes: Mapping[str, tuple[int, int]]) -> Tensor:
-    """A copy of one hosted expert's shards in a row."""
+def _factors(bank: AdapterBank, expert: str, shapes: Mapping[str, tuple[int, int]]) -> list[Tensor]:
+    """One hosted expert's shards."""
     parameters = bank.parameters_of(expert)
-    empty = torch.empty(0, dtype=bank.dtype, device=bank.device)
-    return torch.cat([empty, *(parameters[name].detach().flatten() for name in shapes)])
+    return [parameters[name].detach() for name in shapes]
 
 
 def _put(bank: AdapterBank, expert: str, flat: Tensor, shapes: Mapping[str, tuple[int, int]]) -> None:

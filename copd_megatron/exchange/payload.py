@@ -14,6 +14,7 @@ Shape suffixes: T completion tokens, K top-k ids, H hidden size.
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from copd_megatron.exchange.wire import as_bytes, from_bytes
 from copd_megatron.losses.topk_kl import log_tail
 
 Kind = Literal["sampled", "topk", "student_topk", "full"]
@@ -73,86 +75,85 @@ class Codec:
 
     def bytes_per_token(self) -> int:
         """Payload of one completion token."""
-        return sum(dtype.itemsize * width for dtype, width in self._columns())
+        return sum(dtype.itemsize * math.prod(row) for dtype, row in self._columns())
 
-    def round(self, signal: Signal) -> Signal:
-        """The signal as the other side will read it."""
-        read = self.unpack(self.pack([signal], signal.logprobs_T.device), [len(signal.logprobs_T)])[0]
-        return replace(read, topk_ids_TK=signal.topk_ids_TK) if self.kind == "student_topk" else read
+    def round(self, signals: Sequence[Signal]) -> list[Signal]:
+        """The signals as the other side will read them."""
+        read = self._read(self._narrow(signals), [len(signal.logprobs_T) for signal in signals]) if signals else []
+        if self.kind == "student_topk":
+            return [replace(new, topk_ids_TK=signal.topk_ids_TK) for new, signal in zip(read, signals)]
+        return read
 
-    def pack(self, signals: Sequence[Signal], device: torch.device) -> Tensor:
-        """[tokens, bytes_per_token] uint8: all signals, one row per token.
+    def pack(self, signals: Sequence[Signal]) -> list[Tensor]:
+        """Pieces of a message, [bytes] uint8 each: one column of all tokens after the other.
 
         Raises:
             ValueError: a signal of another kind, K or H.
         """
-        columns = []
-        for (dtype, width), values in zip(self._columns(), zip(*map(self._values, signals))):
-            column = torch.cat(values)
-            if column.shape[1:] != (width,):
-                raise ValueError(f"signals of kind {self.kind} hold {tuple(column.shape)}; [tokens, {width}]")
-            columns.append(column.to(dtype).view(torch.uint8))
-        if not columns:
-            return torch.empty(0, self.bytes_per_token(), dtype=torch.uint8, device=device)
-        return torch.cat(columns, 1)
+        return [as_bytes(column) for column in self._narrow(signals)] if signals else []
 
-    def unpack(self, rows: Tensor, lengths: Sequence[int]) -> list[Signal]:
-        """Inverse of ``pack`` for signals of the given lengths; equal to ``round`` of what was packed.
+    def unpack(self, message: Tensor, lengths: Sequence[int]) -> list[Signal]:
+        """Inverse of ``pack``, its pieces in a row, for signals of the given lengths; equal to ``round`` of them.
 
         Signals of kind ``student_topk`` come without their ids.
 
         Raises:
-            ValueError: not so many rows, or not so wide.
+            ValueError: a message of another length.
         """
-        widths = [dtype.itemsize * width for dtype, width in self._columns()]
-        if rows.shape != (sum(lengths), sum(widths)):
-            raise ValueError(f"{tuple(rows.shape)} bytes; signals of lengths {list(lengths)} have "
-                             f"{(sum(lengths), sum(widths))}")
-        columns = []
-        for (dtype, _), part in zip(self._columns(), rows.split(widths, 1)):
-            # A clone, not contiguous(): a single row counts as contiguous wherever it lies, aligned or not.
-            values = part.clone(memory_format=torch.contiguous_format).view(dtype)
-            columns.append(values.to(self.decoded_dtype if values.is_floating_point() else torch.int64))
+        tokens = sum(lengths)
+        if message.shape != (tokens * self.bytes_per_token(),):
+            raise ValueError(f"{tuple(message.shape)} bytes; signals of lengths {list(lengths)} have "
+                             f"{(tokens * self.bytes_per_token(),)}")
+        parts = message.split([tokens * dtype.itemsize * math.prod(row) for dtype, row in self._columns()])
+        return self._read([from_bytes(part, dtype).view(tokens, *row)
+                           for part, (dtype, row) in zip(parts, self._columns())], lengths)
+
+    def _columns(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+        """(dtype, shape) of what a token carries, in order; wide numbers first, so that they lie aligned."""
+        own = (self.decoded_dtype, ())
+        if self.kind in ("topk", "student_topk"):
+            ids = [(torch.int32, (self.topk,))] if self.kind == "topk" else []
+            return [own, own, *ids, (self.dtype, (self.topk,))]
+        return [own, (self.dtype, (self.hidden_size,))] if self.kind == "full" else [own]
+
+    def _narrow(self, signals: Sequence[Signal]) -> list[Tensor]:
+        """The columns of all tokens, as they travel."""
+        if other := [signal.kind for signal in signals if signal.kind != self.kind]:
+            raise ValueError(f"a signal of kind {other[0]}; this codec packs {self.kind}")
+        columns = [torch.cat([signal.logprobs_T for signal in signals])]
+        if self.kind in ("topk", "student_topk"):
+            head_TK = torch.cat([signal.topk_logprobs_TK for signal in signals])
+            ids = [torch.cat([signal.topk_ids_TK for signal in signals])] if self.kind == "topk" else []
+            columns += [log_tail(head_TK.double()), *ids, head_TK]
+        if self.kind == "full":
+            columns.append(torch.cat([signal.hidden_TH for signal in signals]))
+        for column, (_, row) in zip(columns, self._columns()):
+            if column.shape[1:] != row:
+                raise ValueError(f"signals of kind {self.kind} hold {tuple(column.shape)}; {['tokens', *row]}")
+        return [column.to(dtype) for column, (dtype, _) in zip(columns, self._columns())]
+
+    def _read(self, columns: Sequence[Tensor], lengths: Sequence[int]) -> list[Signal]:
+        """Signals, in memory of their own, of what travelled."""
+        wide = [column.to(self.decoded_dtype if column.is_floating_point() else torch.int64, copy=True)
+                for column in columns]
         if self.kind in ("topk", "student_topk") and self.dtype != self.decoded_dtype:
-            columns[-2] = _scaled_to(columns[-2], columns[-1])
-        parts = zip(*(column.split(list(lengths)) for column in columns))
-        return [self._signal(*part) for part in parts]
+            wide[-1] = _scaled_to(wide[-1], wide[1])
+        return [self._signal(*part) for part in zip(*(column.split(list(lengths)) for column in wide))]
 
-    def _columns(self) -> list[tuple[torch.dtype, int]]:
-        """(dtype, width) of what a token carries, in order."""
-        own = (self.decoded_dtype, 1)
-        if self.kind == "topk":
-            return [own, (torch.int32, self.topk), (self.dtype, self.topk), own]
-        if self.kind == "student_topk":
-            return [own, (self.dtype, self.topk), own]
-        return [own, (self.dtype, self.hidden_size)] if self.kind == "full" else [own]
-
-    def _values(self, signal: Signal) -> list[Tensor]:
-        """The tensors of the columns, [T, width] each."""
-        if signal.kind != self.kind:
-            raise ValueError(f"a signal of kind {signal.kind}; this codec packs {self.kind}")
-        own = signal.logprobs_T[:, None]
+    def _signal(self, own_T: Tensor, *others: Tensor) -> Signal:
+        """One signal of its columns."""
         if self.kind in ("topk", "student_topk"):
-            ids = [signal.topk_ids_TK] if self.kind == "topk" else []
-            tail_T = log_tail(signal.topk_logprobs_TK.double())
-            return [own, *ids, signal.topk_logprobs_TK, tail_T[:, None]]
-        return [own, signal.hidden_TH] if self.kind == "full" else [own]
-
-    def _signal(self, own_T1: Tensor, *others: Tensor) -> Signal:
-        """Inverse of ``_values``."""
-        own_T = own_T1[:, 0]
-        if self.kind in ("topk", "student_topk"):
-            *ids_TK, logprobs_TK, tail_T1 = others
-            return Signal(self.kind, own_T, *(ids_TK or [None]), logprobs_TK, tail_T1[:, 0])
+            tail_T, *ids_TK, head_TK = others
+            return Signal(self.kind, own_T, *(ids_TK or [None]), head_TK, tail_T)
         return Signal(self.kind, own_T, hidden_TH=others[0] if self.kind == "full" else None)
 
 
-def _scaled_to(logprobs_TK: Tensor, log_tail_T1: Tensor) -> Tensor:
+def _scaled_to(logprobs_TK: Tensor, log_tail_T: Tensor) -> Tensor:
     """Rounded log-probs, scaled so that head and tail sum to 1; in float64, lest the order of sums shows.
 
     A head of less mass than float32 can say (a teacher that knows nothing of the student's ids) stays as it is.
     """
     rounded = logprobs_TK.double()
-    head = (-torch.expm1(log_tail_T1.double())).log()
-    scale = head - rounded.logsumexp(1, keepdim=True)
-    return (rounded + scale.masked_fill(head.isinf(), 0)).to(logprobs_TK.dtype)
+    head_T = (-torch.expm1(log_tail_T.double())).log()
+    scale_T = (head_T - rounded.logsumexp(1)).masked_fill(head_T.isinf(), 0)
+    return rounded.add_(scale_T[:, None]).to(logprobs_TK.dtype)

@@ -5,6 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from copd_megatron.exchange.payload import Kind
 
 HEADER = 5
@@ -26,17 +30,19 @@ class ScoreRequest:
     kind: Kind = "sampled"
 
 
-def write_requests(requests: Iterable[ScoreRequest], experts: Sequence[str]) -> list[int]:
-    """The requests as integers; KeyError for a teacher or student that is no expert."""
+def write_requests(requests: Iterable[ScoreRequest], experts: Sequence[str]) -> Tensor:
+    """The requests as a row of int32; KeyError for a teacher or student that is no expert."""
     place = {name: index for index, name in enumerate(experts)}
-    return [number for r in requests
-            for number in (len(r.token_ids), place[r.teacher], place[r.student], r.prompt, KINDS.index(r.kind),
-                           *r.token_ids)]
+    numbers: list[int] = []
+    for r in requests:
+        numbers += len(r.token_ids), place[r.teacher], place[r.student], r.prompt, KINDS.index(r.kind)
+        numbers += r.token_ids
+    return torch.from_numpy(np.array(numbers, dtype=np.int32))  # five times as fast as torch.tensor
 
 
-def read_requests(flat: Sequence[int], experts: Sequence[str]) -> list[ScoreRequest]:
+def read_requests(numbers: Tensor, experts: Sequence[str]) -> list[ScoreRequest]:
     """Inverse of ``write_requests``."""
-    requests, at = [], 0
+    flat, requests, at = numbers.tolist(), [], 0
     while at < len(flat):
         length, teacher, student, prompt, kind = flat[at:at + HEADER]
         at += HEADER

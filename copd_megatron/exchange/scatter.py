@@ -66,9 +66,8 @@ class Exchange:
         for request, host in zip(asked, hosts):
             by_host[host].append(request)
         home, by_host[here] = by_host[here], []
-        out = [torch.tensor(write_requests(part, experts), dtype=torch.int32, device=device()) for part in by_host]
-        received = [read_requests(from_bytes(message, torch.int32).tolist(), experts)
-                    for message in wire.trade_ragged([as_bytes(numbers) for numbers in out])]
+        out = [[as_bytes(write_requests(part, experts).to(device()))] if part else [] for part in by_host]
+        received = [read_requests(from_bytes(message, torch.int32), experts) for message in wire.trade_ragged(out)]
         received[here] = home
         return cls(groups, asked, hosts, received, wire, student_ids)
 
@@ -99,9 +98,8 @@ class Exchange:
         told = [[ids for ids, host in zip(student_ids, self.hosts) if host == replica]
                 for replica in range(len(self.received))]
         if self.wire is not None:
-            empty = torch.empty(0, dtype=torch.int32, device=device())
-            out = [as_bytes(torch.cat([empty, *(ids.flatten().int() for ids in part if ids is not None)]))
-                   if replica != here else as_bytes(empty) for replica, part in enumerate(told)]
+            leaving = [[ids for ids in part if ids is not None and replica != here] for replica, part in enumerate(told)]
+            out = [[as_bytes(torch.cat(part).int())] if part else [] for part in leaving]
             sizes = [_id_bytes(part, k) if replica != here else 0 for replica, part in enumerate(self.received)]
             messages = self.wire.trade(out, sizes).wait()
             told = [told[here] if replica == here else _split_ids(message, self.received[replica], k)

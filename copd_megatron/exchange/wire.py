@@ -10,7 +10,7 @@ that nobody wrote.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import starmap
+from itertools import chain, starmap
 
 import torch
 import torch.distributed as dist
@@ -62,25 +62,29 @@ class Wire:
         """Bytes that left this rank."""
         return sum(self.sent_to)
 
-    def trade(self, out: Sequence[Tensor], sizes_in: Sequence[int]) -> Trade:
-        """Send ``out[i]`` ([bytes] uint8) to group rank i without waiting. All ranks of the group call it.
+    def trade(self, out: Sequence[Sequence[Tensor]], sizes_in: Sequence[int]) -> Trade:
+        """Send the pieces ``out[i]`` ([bytes] uint8 each) to group rank i, in a row, without waiting. All ranks of
+        the group call it.
 
         Args:
             sizes_in: bytes that come from each peer, which this rank must know.
         """
-        extra = CHECKSUM_BYTES if self.checked else 0
-        parts = [torch.cat([part, checksum(part)]) for part in out] if self.checked else list(out)
-        sizes = [size + extra for size in sizes_in]
-        sent = torch.cat(parts)
+        seal = [torch.zeros(CHECKSUM_BYTES, dtype=torch.uint8, device=device())] if self.checked else []
+        parts = [[*pieces, *seal] for pieces in out]
+        sizes = [size + CHECKSUM_BYTES * self.checked for size in sizes_in]
+        sizes_out = [_length(pieces) for pieces in parts]
+        empty = torch.empty(0, dtype=torch.uint8, device=device())
+        sent = torch.cat([empty, *chain.from_iterable(parts)])
+        for message in sent.split(sizes_out) if self.checked else ():
+            message[-CHECKSUM_BYTES:] = checksum(message[:-CHECKSUM_BYTES])
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=sent.device)
-        sizes_out = [len(part) for part in parts]
         self._count(sizes_out)
         work = dist.all_to_all_single(received, sent, sizes, sizes_out, group=self.group, async_op=True)
         return Trade(work, sent, received, sizes, self.checked)
 
-    def trade_ragged(self, out: Sequence[Tensor]) -> list[Tensor]:
+    def trade_ragged(self, out: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """As ``trade``, and wait, where the peers' sizes are unknown: they travel first."""
-        sizes = torch.tensor([len(part) for part in out], dtype=torch.int64, device=device())
+        sizes = torch.tensor([_length(pieces) for pieces in out], dtype=torch.int64, device=device())
         sizes_in = torch.empty_like(sizes)
         dist.all_to_all_single(sizes_in, sizes, group=self.group)
         self._count([LENGTH_BYTES] * self.size)
@@ -97,8 +101,8 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def from_bytes(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """Inverse of `as_bytes`, flat, in memory of its own (a slice of a message may lie unaligned)."""
-    return flat.clone().view(dtype)
+    """Inverse of `as_bytes`, flat; the same memory unless it lies unaligned, as a slice of a message may."""
+    return (flat.clone() if flat.storage_offset() % dtype.itemsize else flat).view(dtype)
 
 
 def checksum(message: Tensor) -> Tensor:
@@ -108,6 +112,10 @@ def checksum(message: Tensor) -> Tensor:
     factors = 2 * torch.arange(len(words), dtype=torch.int64, device=words.device) + 1
     total = (words * factors).sum() + MIX * (len(message) + 1) % 2**63
     return total.reshape(1).view(torch.uint8)
+
+
+def _length(pieces: Sequence[Tensor]) -> int:
+    return sum(map(len, pieces))
 
 
 def _verified(peer: int, message: Tensor) -> Tensor:

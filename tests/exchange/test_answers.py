@@ -78,7 +78,7 @@ def round_by_round(layout, checked, per_round):
             most = max(most, len(answers._flying))
         results.append([vars(signal) for signal in answers.finish()])
     groups.destroy()
-    expected = [vars(codecs()[r.kind].round(score(r, ids_of(r) if r.kind == "student_topk" else None)))
+    expected = [vars(codecs()[r.kind].round([score(r, ids_of(r) if r.kind == "student_topk" else None)])[0])
                 for r in exchange.asked]
     return results, expected, most, len(requests)
 

@@ -29,9 +29,10 @@ def message(source, to):
 def trade(checked):
     groups = Groups.create(Layout(replicas=3), Placement.build("abc", 3))
     wire = Wire(groups.exchange, checked)
-    out = [message(wire.rank, to) for to in range(3)]
+    out = [message(wire.rank, to).split([2, SIZES[wire.rank][to] - 2] if SIZES[wire.rank][to] > 1 else 1)
+           for to in range(3)]  # in pieces
     sizes_in = [SIZES[source][wire.rank] for source in range(3)]
-    first, second = wire.trade(out, sizes_in), wire.trade(out[::1], sizes_in)  # two on the way at a time
+    first, second = wire.trade(out, sizes_in), wire.trade(out, sizes_in)  # two on the way at a time
     got = [first.wait(), second.wait()]
     asynchronous = wire.sent_bytes
     got.append(wire.trade_ragged(out))
@@ -74,7 +75,7 @@ def damaged_on_the_way(checked):
     """Rank 1's message is damaged after it was sealed."""
     groups = Groups.create(Layout(replicas=2), Placement.build("ab", 2))
     wire = Wire(groups.exchange, checked)
-    under_way = wire.trade([torch.arange(9, dtype=torch.uint8)] * 2, [9, 9])
+    under_way = wire.trade([[torch.arange(9, dtype=torch.uint8)]] * 2, [9, 9])
     under_way._work.wait()
     if wire.rank == 0:
         under_way._received[-4] ^= 1
@@ -95,7 +96,7 @@ def disagree():
     groups = Groups.create(Layout(replicas=2), Placement.build("ab", 2))
     wire = Wire(groups.exchange, True)
     rank = wire.rank
-    wire.trade([torch.zeros(0, dtype=torch.uint8)] * 2, [0, 4] if rank == 0 else [0, 0]).wait()
+    wire.trade([[], []], [0, 4] if rank == 0 else [0, 0]).wait()
 
 
 def test_sizes_that_do_not_agree_are_an_error():

@@ -99,7 +99,7 @@ def test_a_wrong_transfer_is_seen(bench):
     world = bench.World.draw(600, 4, 8)
     for kind in ("sampled", "topk", "student_topk", "full"):
         request = bench.ScoreRequest("e0", "e1", 0, (5, 77, 300), kind)
-        good = Codec(kind, "float32", 4, 8).round(world.signal(request))
+        good, = Codec(kind, "float32", 4, 8).round([world.signal(request)])
         world.check(request, good, 1e-5)
         for name, value in vars(good).items():
             if isinstance(value, torch.Tensor):
