@@ -4,47 +4,43 @@ Every row is one step: students on `ranks` replicas ask, teachers answer with a 
 adapters travel (`gather_adapters`). Beside it, with the same signals for the same students:
 
     full_vocab_bytes_per_token   what the teacher's logits over the vocabulary would take, in the wire's dtype
-    gather_object_s              gather_object of Python lists to each student's rank (what RPC stacks do)
-    all_gather_s                 all_gather of dense tensors, padded to the longest completion, to everyone
+    gather_object_s              gather_object of Python lists to each rank in turn (what RPC stacks do)
+    all_gather_s                 all_gather of dense int64 and float32 tensors, padded to the longest completion
 
     python tools/bench_exchange.py --json exchange.json
     python tools/bench_exchange.py --experts 4 8 --topologies full --per edge
 
-Timed is what transports differ in: from the teacher's scores on its rank to tensors on the student's, the requests
-included; scoring is not. Bytes are counted at the collective, checksums and control words included, over all ranks,
-and divided by the tokens that were scored on another rank than their student's. What arrives in a timed run is
-decoded and compared with a dense log-softmax and top-k over the whole vocabulary. Median of `--repeats`, ways
-interleaved, the slowest rank counts.
+Timed is the same work on all sides, from requests on the student's rank and the teacher's scores on its own to
+tensors on the student's, requests and the mass outside the top-k included; scoring is not. Bytes are counted at
+the collective, checksums and control words included, over all ranks, and divided by the tokens that were scored on
+another rank than their student's. What arrives in a timed run is decoded and compared with a dense log-softmax and
+top-k over the whole vocabulary. Ways take turns; the slowest rank counts, and of `--repeats` runs the fastest, since
+other load only adds time. `gather_object`, which is slow, runs twice.
 """
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from exchange_world import World, columns_of, factor_of, from_columns, make_bank
+import exchange_baselines
+from exchange_world import World, factor_of, make_bank
+from forked_ranks import fork_ranks
 
 import copd_megatron.platform  # noqa: F401  (before any of Megatron)
 from copd_megatron.config.exchange import ExchangeConfig
@@ -62,8 +58,10 @@ from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.types import Edge
 
-LENGTHS = (16, 96)
-"""Shortest and longest completion."""
+LENGTHS = (32, 512)
+"""Shortest and longest completion, but for an edge's last one."""
+FULL_SHARE = 16
+"""Of the tokens, signal `full` takes one in so many: the lists made of hidden states do not fit beside each other."""
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2**-7}
 """Absolute and relative, of log-probs and hidden states; float32 sums over 152k ids differ by 3e-5."""
 
@@ -88,8 +86,9 @@ class Step:
         self.edges = edges(ExchangeConfig(topology=case.topology), OpdConfig(signal=case.signal), names, 0, _no_names)
         self.asked = [r for edge in self.edges if edge.student in groups.hosted for r in self._requests(edge)]
         self.codecs = {case.signal: Codec(case.signal, options.wire_dtype, options.topk, options.hidden)}
+        self.ids = [world.student_ids(request) for request in self.asked]
         self.exchange = self._open()
-        self.signals = [world.signal(request) for request in self.exchange.to_score]
+        self.told = [[world.signal(request) for request in part] for part in self.exchange.received]
         self.tokens = sum(len(r.token_ids) for r, host in zip(self.asked, self.exchange.hosts)
                           if host != groups.coords.replica)
 
@@ -97,7 +96,7 @@ class Step:
         """Seconds and bytes of requests out and signals back."""
         start = _together()
         exchange = self._open()
-        returned = exchange.close(self.signals, self.codecs)
+        returned = exchange.close([signal for part in self.told for signal in part], self.codecs)
         seconds = time.perf_counter() - start
         self._check(returned, TOLERANCE[self.options.wire_dtype])
         return seconds, exchange.wire.sent_bytes
@@ -113,60 +112,24 @@ class Step:
                         raise ArithmeticError(f"{expert} {name}: other factors than the teacher's arrived")
         return seconds, wire.sent_bytes
 
-    def gather_object(self) -> float:
-        """Seconds of Python lists to each student's rank."""
-        start, here = _together(), self.groups.coords.replica
-        unread, mine = iter(self.signals), {}
-        for peer, part in enumerate(self.exchange.received):
-            signals = [next(unread) for _ in part]
-            lists = [[c.tolist() for c in columns_of(s)] for s in signals] if peer != here else []
-            boxes = [None] * self.groups.layout.replicas if peer == here else None
-            dist.gather_object(lists, boxes, dst=peer)
-            if peer == here:
-                mine = {host: [[torch.tensor(c) for c in own] for own in box] for host, box in enumerate(boxes)}
-                mine[here] = [columns_of(s) for s in signals]
+    def baseline(self, way: Callable[..., list[Signal]]) -> float:
+        """Seconds of one of `exchange_baselines`."""
+        start = _together()
+        returned = way(list(zip(self.asked, self.ids, self.exchange.hosts)), self.told, self.groups.coords.replica)
         seconds = time.perf_counter() - start
-        self._check_columns(mine)
-        return seconds
-
-    def all_gather(self) -> float:
-        """Seconds of dense tensors to everyone."""
-        start, here, ranks = _together(), self.groups.coords.replica, self.groups.layout.replicas
-        counts = torch.tensor([len(part) for part in self.exchange.received])
-        table = [torch.empty_like(counts) for _ in range(ranks)]
-        dist.all_gather(table, counts)
-        shape = torch.tensor([len(self.signals), max((len(s.logprobs_T) for s in self.signals), default=0)])
-        dist.all_reduce(shape, dist.ReduceOp.MAX)
-        dense = [[] for _ in range(ranks)]
-        likes = columns_of(self.world.signal(ScoreRequest("e0", "e1", 0, (0,), self.case.signal)))
-        for number, like in enumerate(likes):
-            own = torch.zeros(*shape.tolist(), *like.shape[1:], dtype=like.dtype)
-            for row, signal in enumerate(self.signals):
-                own[row, :len(signal.logprobs_T)] = columns_of(signal)[number]
-            gathered = [torch.empty_like(own) for _ in range(ranks)]
-            dist.all_gather(gathered, own)
-            for host, part in enumerate(gathered):
-                first = int(table[host][:here].sum())
-                dense[host].append(part[first:first + int(table[host][here])])
-        mine = {}
-        for host, columns in enumerate(dense):
-            lengths = [len(r.token_ids) for r, other in zip(self.asked, self.exchange.hosts) if other == host]
-            mine[host] = [[c[row, :length] for c in columns] for row, length in enumerate(lengths)]
-        seconds = time.perf_counter() - start
-        self._check_columns(mine)
+        self._check(returned, TOLERANCE["float32"])
         return seconds
 
     def _open(self) -> Exchange:
         exchange = Exchange.open(self.asked, self.groups)
         if self.case.signal == "student_topk":
-            exchange, _ = exchange.tell_ids([self.world.student_ids(r) for r in self.asked], self.options.topk)
+            exchange, _ = exchange.tell_ids(self.ids, self.options.topk)
         return exchange
 
     def _requests(self, edge: Edge) -> Iterator[ScoreRequest]:
         """Completions of an edge that this replica asks about, ragged, about its share of the tokens."""
         incoming = sum(other.student == edge.student for other in self.edges)
-        # Hidden states are big; the lists made of them do not fit beside each other.
-        tokens = self.options.tokens // (8 if edge.signal == "full" else 1)
+        tokens = self.options.tokens // (FULL_SHARE if edge.signal == "full" else 1)
         wanted = tokens if self.options.per == "edge" else max(1, tokens // incoming)
         generator = torch.Generator().manual_seed(1000 * int(edge.teacher[1:]) + int(edge.student[1:]))
         prompt = 0
@@ -179,12 +142,6 @@ class Step:
     def _check(self, signals: Sequence[Signal], tolerance: float) -> None:
         for request, signal in zip(self.asked, signals, strict=True):
             self.world.check(request, signal, tolerance)
-
-    def _check_columns(self, mine: dict[int, list[list[Tensor]]]) -> None:
-        """The same of what a baseline brought, by host."""
-        unread = {host: iter(part) for host, part in mine.items()}
-        self._check([from_columns(request, next(unread[host]), self.world)
-                     for request, host in zip(self.asked, self.exchange.hosts)], TOLERANCE["float32"])
 
 
 def _together() -> float:
@@ -200,21 +157,20 @@ def _no_names(reference: str, field: str) -> None:
 def measure(case: Case, groups: Groups, world: World, bank: AdapterBank, options: argparse.Namespace) -> list[dict]:
     """A row for each transport, the same on every rank; the baselines' times stand in both."""
     step = Step(case, groups, world, options)
-    ways: dict[str, Callable[[], float]] = {"gather_object_s": step.gather_object, "all_gather_s": step.all_gather}
+    ways = {"gather_object_s": exchange_baselines.gather_object, "all_gather_s": exchange_baselines.all_gather}
     ours: dict[str, Callable[[], tuple[float, int]]] = {"scatter": step.scatter}
     if case.adapters:
         ours["gather_adapters"] = lambda: step.gather_adapters(bank)
     times: dict[str, list[float]] = {name: [] for name in (*ways, *ours)}
     sent: dict[str, int] = {}
     for repeat in range(options.repeats + 1):
-        took = {name: way() for name, way in ways.items()}
+        took = {name: step.baseline(way) for name, way in ways.items() if repeat < 2 or name != "gather_object_s"}
         for name, way in ours.items():
             took[name], sent[name] = way()
         for name, value in took.items():
-            if repeat:  # the first run warms connections and allocators up
-                times[name].append(_over_ranks(value, dist.ReduceOp.MAX))
+            times[name].append(_over_ranks(value, dist.ReduceOp.MAX))
     tokens = int(_over_ranks(step.tokens, dist.ReduceOp.SUM))
-    baselines = {name: statistics.median(times[name]) for name in ways}
+    baselines = {name: min(times[name]) for name in ways}
     rows = []
     for name in ours:
         step_bytes = int(_over_ranks(sent[name], dist.ReduceOp.SUM))
@@ -222,7 +178,7 @@ def measure(case: Case, groups: Groups, world: World, bank: AdapterBank, options
             "experts": case.experts, "topology": case.topology, "transport": name, "signal": case.signal,
             "ranks": groups.layout.replicas, "edges": len(step.edges), "crossing_tokens": tokens,
             "bytes_per_token": step_bytes / tokens, "step_bytes": step_bytes,
-            "seconds": statistics.median(times[name]), **baselines,
+            "seconds": min(times[name]), **baselines,
             "full_vocab_bytes_per_token": options.vocabulary * WIRE[options.wire_dtype].itemsize,
             "adapter_bytes": adapter_bytes(bank)})
     return rows
@@ -243,57 +199,16 @@ def cases(experts: int, options: argparse.Namespace) -> Iterator[Case]:
             yield Case(experts, options.topologies[0], signal, adapters=False)
 
 
-def run_rank(rank: int, experts: int, folder: Path, sender: Connection, world: World,
-             options: argparse.Namespace) -> None:
-    """Body of one forked rank; leaves by ``os._exit``, as no exit handler of the parent may run here."""
-    rows: list[dict] = []
-    try:
-        torch.set_num_threads(1)
-        ranks = min(experts, options.ranks)
-        dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), ranks), rank=rank,
-                                world_size=ranks)
-        groups = Groups.create(Layout(replicas=ranks), Placement.build([f"e{n}" for n in range(experts)], ranks))
-        bank = make_bank(groups, options.adapter_layers, options.rank)
-        for case in cases(experts, options):
-            rows += measure(case, groups, world, bank, options)
-            if rank == 0:
-                show(rows[-2:] if case.adapters else rows[-1:])
-        dist.barrier()
-        message: tuple[str, list[dict]] = "", rows
-    except BaseException:
-        message = traceback.format_exc(), []
-    sender.send(message)
-    sys.stdout.flush()
-    os._exit(0)
-
-
-def run_ranks(experts: int, world: World, options: argparse.Namespace) -> list[dict]:
-    """Rows of one number of experts. Raises ArithmeticError with the traceback of a rank that failed."""
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory(prefix="exchange") as folder:
-        started = []
-        for rank in range(min(experts, options.ranks)):
-            receiver, sender = context.Pipe(duplex=False)
-            child = context.Process(target=run_rank, args=(rank, experts, Path(folder), sender, world, options))
-            with warnings.catch_warnings():  # "multi-threaded, use of fork() may lead to deadlocks"
-                warnings.simplefilter("ignore", DeprecationWarning)
-                child.start()
-            sender.close()
-            started.append((receiver, child))
-        rows: list[dict] = []
-        try:
-            while waiting := [receiver for receiver, _ in started if not receiver.closed]:
-                for receiver in multiprocessing.connection.wait(waiting):
-                    failure, found = receiver.recv()
-                    receiver.close()
-                    if failure:
-                        raise ArithmeticError(failure)
-                    rows = rows or found
-        finally:
-            for _, child in started:
-                if sys.exc_info()[0]:
-                    child.kill()
-                child.join()
+def run_rank(experts: int, world: World, options: argparse.Namespace) -> list[dict]:
+    """Body of one rank."""
+    ranks, rows = dist.get_world_size(), []
+    groups = Groups.create(Layout(replicas=ranks), Placement.build([f"e{n}" for n in range(experts)], ranks))
+    bank = make_bank(groups, options.adapter_layers, options.rank)
+    for case in cases(experts, options):
+        found = measure(case, groups, world, bank, options)
+        rows += found
+        if dist.get_rank() == 0:
+            show(found)
     return rows
 
 
@@ -308,6 +223,20 @@ def show(rows: Sequence[dict]) -> None:
               f"{row['bytes_per_token']:>11.1f}{row['full_vocab_bytes_per_token'] / row['bytes_per_token']:>13.0f}"
               f"{row['step_bytes'] / 1e6:>9.2f}{row['seconds']:>9.4f}{row['gather_object_s'] / row['seconds']:>9.1f}"
               f"{row['all_gather_s'] / row['seconds']:>9.1f}", flush=True)
+
+
+def worst(rows: Sequence[dict]) -> str:
+    """The least that `scatter` gains with signal topk."""
+    own = [row for row in rows if (row["transport"], row["signal"]) == ("scatter", "topk")]
+    if not own:
+        return "no rows of scatter with signal topk"
+    ratios = {"full-vocabulary logits": lambda r: r["full_vocab_bytes_per_token"] / r["bytes_per_token"],
+              "gather_object": lambda r: r["gather_object_s"] / r["seconds"],
+              "all_gather": lambda r: r["all_gather_s"] / r["seconds"]}
+    least = {name: min(own, key=ratio) for name, ratio in ratios.items()}
+    return "scatter, topk, at least: " + ", ".join(
+        f"{ratios[name](row):.1f}x less than {name} ({row['experts']} experts, {row['topology']})"
+        for name, row in least.items())
 
 
 def growth(rows: Sequence[dict]) -> Iterator[tuple[str, str, float]]:
@@ -347,10 +276,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wire-dtype", choices=tuple(WIRE), default="bfloat16")
     for name, default, text in (
             ("ranks", 4, "replicas; more experts than that live together"),
-            ("tokens", 4096, "cross tokens, see --per; an eighth of them for signal full"),
+            ("tokens", 8192, f"cross tokens, see --per; one in {FULL_SHARE} for signal full"),
             ("vocabulary", 151936, "ids of the vocabulary"), ("topk", 64, "ids per token"),
             ("hidden", 2560, "hidden size, of signal full"), ("rank", 32, "rank of the adapters"),
-            ("adapter-layers", 1, "layers with adapters, as wide as a 4B model's"), ("repeats", 3, "timed runs")):
+            ("adapter-layers", 1, "layers with adapters, as wide as a 4B model's"),
+            ("repeats", 5, "runs after the first, which warms up")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     options = parser.parse_args(arguments)
@@ -374,10 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = World.draw(options.vocabulary, options.topk, options.hidden)
     try:
         for experts in options.experts:
-            rows += run_ranks(experts, world, options)
+            rows += fork_ranks(min(experts, options.ranks), run_rank, experts, world, options)
     except ArithmeticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(worst(rows))
     exponents = list(growth(rows))
     for topology, transport, power in exponents:
         print(f"{topology}, {transport}: bytes grow as experts^{power:.2f}")

@@ -5,7 +5,6 @@ Used by `bench_exchange.py`; put `kernels/` and the repository's root on the pat
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -89,20 +88,6 @@ class World:
         for given, wanted in pairs:
             if given.shape != wanted.shape or not torch.allclose(given, wanted, tolerance, tolerance):
                 raise ArithmeticError(f"{request.kind}: {(given - wanted).abs().max():.1e} off the dense one")
-
-
-def columns_of(signal: Signal) -> list[Tensor]:
-    """The tensors of a signal that somebody has to bring; a student knows the ids that it asked about."""
-    ids = signal.topk_ids_TK if signal.kind == "topk" else None
-    return [c for c in (signal.logprobs_T, ids, signal.topk_logprobs_TK, signal.hidden_TH) if c is not None]
-
-
-def from_columns(request: ScoreRequest, columns: Sequence[Tensor], world: World) -> Signal:
-    if request.kind == "topk":
-        return Signal("topk", *columns)
-    if request.kind == "student_topk":
-        return Signal("student_topk", columns[0], world.student_ids(request), columns[1])
-    return Signal(request.kind, columns[0], hidden_TH=columns[1] if request.kind == "full" else None)
 
 
 def factor_of(expert: str, shape: tuple[int, int]) -> Tensor:

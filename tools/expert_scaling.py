@@ -1,15 +1,17 @@
 """How the cost of one OPD step grows with the number of experts: bytes between replicas and operations, N = 2 to 32.
 
-    python tools/expert_scaling.py --out results [--json results/scaling.json]
+    python tools/expert_scaling.py --out results [--json results/scaling.json] [--measure 2 4 8 16 32]
 
 Every topology (full, hub, ring, expander(3)) is counted under two rules for how much experts ask each other:
 
     per_edge      every edge carries the same number of cross completions, however many edges there are
     per_student   every student makes the same number, split over its teachers (`opd.cross_ratio`, the default)
 
-and two placements: one replica per expert, and a fixed number of replicas that host N / replicas experts each. Bytes
-and operations come from `copd_megatron.simulate`, the same functions as `copd plan`; exponents are the slopes of
-straight lines through log2(cost) over log2(N) for the larger half of the N, where lower-order terms have faded.
+and two placements: one replica per expert, and a fixed number of replicas that host N / replicas experts each.
+Counted are bytes and operations of a 4B backbone, by `copd_megatron.simulate`, the same functions as `copd plan`.
+Measured (`--measure`, `expert_step.py`) are those of a tiny backbone's step on as many gloo ranks as replicas, beside
+what the same functions count for it. Exponents are the slopes of straight lines through log2(cost) over log2(N) for
+the larger half of the N, where lower-order terms have faded.
 """
 from __future__ import annotations
 
@@ -21,9 +23,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from expert_step import TINY, run_jobs
+from forked_ranks import fork_ranks
 
 import copd_megatron.platform  # noqa: F401  (before any of Megatron)
 from copd_megatron.config.exchange import ExchangeConfig
@@ -45,6 +52,9 @@ COUNTS = (2, 4, 8, 16, 32)
 TOPOLOGIES = ("full", "hub", "ring", "expander(3)")
 RULES = ("per_edge", "per_student")
 COSTS = ("scatter_bytes", "gather_bytes", "gather_rank_bytes", "score_flops", "step_flops")
+MEASURED = ("scatter_bytes", "gather_bytes", "score_flops", "update_flops")
+SMALL = {"prompts": 2, "prompt_tokens": 16, "completion_tokens": 16, "topk": 64, "rank": 8}
+"""Of the step that is measured, in groups of 8, by a backbone of 2 layers of 64."""
 QWEN3_VL_4B = BackboneSpec("qwen3_vl", 36, 2560, 9728, 32, 8, 128, 151936, 1e-6, RopeSpec(5e6, None, (24, 20, 20)),
                            True, False, False, False, True, 3, 151655, 151656)
 """What is counted unless --backbone names a directory."""
@@ -70,23 +80,69 @@ class Row:
     """Of rollout, scoring and update."""
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One point that was measured, and what is counted for it; all ranks together."""
+
+    topology: str
+    rule: str
+    replicas: str
+    experts: int
+    edges: int
+    scatter_bytes: float
+    """Control words included."""
+    gather_bytes: float
+    score_flops: float
+    update_flops: float
+    counted_scatter_bytes: float
+    counted_gather_bytes: float
+    counted_score_flops: float
+    """Every student's request evaluates its prompt anew, which co-hosted ones share."""
+    counted_update_flops: float
+
+
 def study(spec: BackboneSpec, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
     """All points, and the topologies that this version does not know or that N experts cannot have."""
     rows, missing = [], []
-    for topology in options.topologies:
-        for count in options.experts:
-            names = tuple(f"e{n}" for n in range(count))
-            try:
-                links = edges(ExchangeConfig(topology=topology), OpdConfig(signal=options.signal), names, 0,
-                              resolve_object)
-            except UserError as error:
-                missing.append(f"{topology} with {count} experts: {error}")
-                continue
-            for rule in RULES:
-                job = _job(spec, options, names, tuple(links), rule)
-                rows.append(_row(job, topology, rule, "experts", count))
-                rows.append(_row(job, topology, rule, str(options.replicas), min(count, options.replicas)))
+    for count in options.experts:
+        jobs, unknown = _jobs(spec, options, count)
+        missing += unknown
+        for (topology, rule), job in jobs.items():
+            rows.append(_row(job, topology, rule, "experts", count))
+            rows.append(_row(job, topology, rule, str(options.replicas), min(count, options.replicas)))
     return rows, missing
+
+
+def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
+    """All points that are measured: the same experts, topologies and rules, a smaller step."""
+    small = argparse.Namespace(**vars(options) | SMALL)
+    for count in options.measure:
+        jobs, _ = _jobs(TINY, small, count)
+        for label, replicas in (("experts", count), (str(options.replicas), min(count, options.replicas))):
+            found = fork_ranks(replicas, run_jobs, list(jobs.values()))
+            for ((topology, rule), job), measured in zip(jobs.items(), found, strict=True):
+                layout, placement = Layout(replicas=replicas), job.place(replicas)
+                flops = [step_flops(job, placement, replica) for replica in range(replicas)]
+                counted = {
+                    "scatter_bytes": scatter(job, layout, placement, lambda edge: edge.signal).step_bytes,
+                    "gather_bytes": gather(job, layout, placement).step_bytes,
+                    "score_flops": sum(part["score"].total for part in flops),
+                    "update_flops": sum(part["update"].total for part in flops)}
+                yield Measurement(topology, rule, label, count, len(job.edges), **measured,
+                                  **{f"counted_{name}": value for name, value in counted.items()})
+
+
+def _jobs(spec: BackboneSpec, options: argparse.Namespace, count: int) -> tuple[dict[tuple[str, str], Job], list[str]]:
+    """(topology, rule) -> the step of so many experts; and the topologies that they cannot have."""
+    names, jobs, missing = tuple(f"e{n}" for n in range(count)), {}, []
+    for topology in options.topologies:
+        try:
+            links = edges(ExchangeConfig(topology=topology), OpdConfig(signal=options.signal), names, 0, resolve_object)
+        except UserError as error:
+            missing.append(f"{topology} with {count} experts: {error}")
+            continue
+        jobs |= {(topology, rule): _job(spec, options, names, tuple(links), rule) for rule in RULES}
+    return jobs, missing
 
 
 def _job(spec: BackboneSpec, options: argparse.Namespace, names: tuple[str, ...], links: tuple, rule: str) -> Job:
@@ -110,9 +166,9 @@ def _row(job: Job, topology: str, rule: str, label: str, replicas: int) -> Row:
                sum(part.total for flops in per_replica for part in flops.values()))
 
 
-def exponents(rows: Sequence[Row]) -> Iterator[dict]:
+def exponents(rows: Sequence[Row | Measurement], costs: Sequence[str] = COSTS) -> Iterator[dict]:
     """The slope of log(cost) over log(N) for every topology, rule, placement and cost."""
-    def key_of(row: Row) -> tuple[str, str, str]:
+    def key_of(row: Row | Measurement) -> tuple[str, str, str]:
         return row.topology, row.rule, row.replicas if row.replicas == "experts" else "fixed"
 
     for key in dict.fromkeys(map(key_of, rows)):
@@ -120,25 +176,26 @@ def exponents(rows: Sequence[Row]) -> Iterator[dict]:
         own = own[-max(2, (len(own) + 1) // 2):]
         counts = np.log2([row.experts for row in own])
         slopes = {}
-        for cost in COSTS:
+        for cost in costs:
             values = np.array([getattr(row, cost) for row in own])
             known = len(own) > 1 and bool((values > 0).all())
             slopes[cost] = float(np.polyfit(counts, np.log2(values), 1)[0]) if known else None
         yield {"topology": key[0], "rule": key[1], "replicas": key[2], **slopes}
 
 
-def text(rows: Sequence[Row], fits: Sequence[dict]) -> str:
+def text(rows: Sequence[Row | Measurement], fits: Sequence[dict], costs: Sequence[str] = COSTS) -> str:
     """Both tables for people."""
+    shown = [*costs, *(f"counted_{cost}" for cost in costs if hasattr(rows[0], f"counted_{cost}"))]
     cells = [[r.topology, r.rule, r.replicas, str(r.experts), str(r.edges),
-              *(f"{getattr(r, cost):.3g}" for cost in COSTS)] for r in rows]
+              *(f"{getattr(r, cost):.3g}" for cost in shown)] for r in rows]
     fitted = [[f["topology"], f["rule"], f["replicas"],
-               *("-" if f[cost] is None else f"N^{f[cost]:.2f}" for cost in COSTS)] for f in fits]
-    return (format_table(["topology", "rule", "replicas", "experts", "edges", *COSTS], cells) + "\n\n"
-            + format_table(["topology", "rule", "replicas", *COSTS], fitted))
+               *("-" if f[cost] is None else f"N^{f[cost]:.2f}" for cost in costs)] for f in fits]
+    return (format_table(["topology", "rule", "replicas", "experts", "edges", *shown], cells) + "\n\n"
+            + format_table(["topology", "rule", "replicas", *costs], fitted))
 
 
-def plot(rows: Sequence[Row], out: Path) -> list[Path]:
-    """Bytes and operations over N, one replica per expert, log-log: scaling.png and scaling.svg."""
+def plot(rows: Sequence[Row | Measurement], out: Path, name: str, flops: str) -> list[Path]:
+    """Bytes and operations over N, one replica per expert, log-log: name.png and name.svg. Thin lines: counted."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,11 +204,16 @@ def plot(rows: Sequence[Row], out: Path) -> list[Path]:
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), sharex=True)
     own = [r for r in rows if r.replicas == "experts"]
     for column, rule in enumerate(RULES):
-        for line, (cost, unit) in enumerate((("scatter_bytes", "bytes per OPD step"), ("step_flops", "FLOP per step"))):
+        for line, (cost, unit) in enumerate((("scatter_bytes", "bytes per OPD step"), (flops, "FLOP per step"))):
             axis = axes[line][column]
             for topology in dict.fromkeys(r.topology for r in own):
                 points = [(r.experts, getattr(r, cost)) for r in own if (r.topology, r.rule) == (topology, rule)]
-                axis.loglog(*zip(*points), marker="o", base=2, label=f"scatter, {topology}" if line == 0 else topology)
+                drawn, = axis.loglog(*zip(*points), marker="o", base=2,
+                                     label=f"scatter, {topology}" if line == 0 else topology)
+                counted = [(r.experts, getattr(r, f"counted_{cost}")) for r in own
+                           if (r.topology, r.rule) == (topology, rule) and hasattr(r, f"counted_{cost}")]
+                if counted:
+                    axis.loglog(*zip(*counted), base=2, linewidth=0.7, color=drawn.get_color(), linestyle=":")
             if line == 0:
                 points = [(r.experts, r.gather_bytes) for r in own if (r.topology, r.rule) == (own[0].topology, rule)]
                 axis.loglog(*zip(*points), marker="s", base=2, linestyle="--", label="gather_adapters")
@@ -160,7 +222,7 @@ def plot(rows: Sequence[Row], out: Path) -> list[Path]:
             axis.legend()
     figure.tight_layout()
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / f"scaling.{suffix}" for suffix in ("png", "svg")]
+    files = [out / f"{name}.{suffix}" for suffix in ("png", "svg")]
     for file in files:
         figure.savefig(file)
     pyplot.close(figure)
@@ -175,6 +237,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", metavar="DIR", help="Hugging Face directory; only config.json is read")
     parser.add_argument("--experts", type=int, nargs="+", default=list(COUNTS))
     parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
+    parser.add_argument("--measure", type=int, nargs="*", default=[], metavar="N", help="also measure with N experts")
     parser.add_argument("--replicas", type=int, default=2, help="of the placement with a fixed number (default: 2)")
     parser.add_argument("--prompts", type=int, default=256, help="native prompts per expert and step")
     parser.add_argument("--prompt-tokens", type=int, default=512)
@@ -189,19 +252,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Count, print, plot, write."""
     options = parse(arguments)
     spec = read_spec(options.backbone) if options.backbone else QWEN3_VL_4B
+    torch.set_num_threads(1)  # ranks are forked: the parent must own no other threads
+    measured = []
+    for point in measurements(options):
+        print(f"measured: {point}", flush=True)
+        measured.append(point)
     rows, missing = study(spec, options)
-    fits = list(exponents(rows))
+    fits, measured_fits = list(exponents(rows)), list(exponents(measured, MEASURED))
     print(text(rows, fits))
+    files = plot(rows, options.out, "scaling", "step_flops")
+    if measured:
+        print(text(measured, measured_fits, MEASURED))
+        files += plot(measured, options.out, "measured", "score_flops")
     for reason in missing:
         print(f"left out: {reason}")
-    for file in plot(rows, options.out):
+    for file in files:
         print(f"written: {file}")
     if options.json:
         given = {name: value if isinstance(value, int | str | list) else str(value)
                  for name, value in vars(options).items() if name not in ("out", "json") and value is not None}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"options": given, "rows": [asdict(r) for r in rows], "exponents": fits,
-                                            "left_out": missing}, indent=2) + "\n")
+                                            "measured": [asdict(m) for m in measured],
+                                            "measured_exponents": measured_fits, "left_out": missing}, indent=2) + "\n")
     return 0
 
 

@@ -15,7 +15,7 @@ Shape suffixes: T completion tokens, K top-k ids, H hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,6 +26,8 @@ from copd_megatron.exchange.wire import as_bytes, from_bytes
 from copd_megatron.losses.topk_kl import log_tail
 
 Kind = Literal["sampled", "topk", "student_topk", "full"]
+BLOCK = 4096
+"""Tokens."""
 WIRE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -124,7 +126,7 @@ class Codec:
         if self.kind in ("topk", "student_topk"):
             head_TK = torch.cat([signal.topk_logprobs_TK for signal in signals])
             ids = [torch.cat([signal.topk_ids_TK for signal in signals])] if self.kind == "topk" else []
-            columns += [log_tail(head_TK.double()), *ids, head_TK]
+            columns += [_in_blocks(lambda block: log_tail(block.double()), head_TK), *ids, head_TK]
         if self.kind == "full":
             columns.append(torch.cat([signal.hidden_TH for signal in signals]))
         for column, (_, row) in zip(columns, self._columns()):
@@ -137,7 +139,7 @@ class Codec:
         wide = [column.to(self.decoded_dtype if column.is_floating_point() else torch.int64, copy=True)
                 for column in columns]
         if self.kind in ("topk", "student_topk") and self.dtype != self.decoded_dtype:
-            wide[-1] = _scaled_to(wide[-1], wide[1])
+            wide[-1] = _in_blocks(_scaled_to, wide[-1], wide[1])
         return [self._signal(*part) for part in zip(*(column.split(list(lengths)) for column in wide))]
 
     def _signal(self, own_T: Tensor, *others: Tensor) -> Signal:
@@ -146,6 +148,11 @@ class Codec:
             tail_T, *ids_TK, head_TK = others
             return Signal(self.kind, own_T, *(ids_TK or [None]), head_TK, tail_T)
         return Signal(self.kind, own_T, hidden_TH=others[0] if self.kind == "full" else None)
+
+
+def _in_blocks(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+    """``function`` of some tokens at a time, [T, ...] each: float64 copies of all would leave the caches."""
+    return torch.cat([function(*block) for block in zip(*(column.split(BLOCK) for column in columns))])
 
 
 def _scaled_to(logprobs_TK: Tensor, log_tail_T: Tensor) -> Tensor:

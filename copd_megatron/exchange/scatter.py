@@ -98,7 +98,8 @@ class Exchange:
         told = [[ids for ids, host in zip(student_ids, self.hosts) if host == replica]
                 for replica in range(len(self.received))]
         if self.wire is not None:
-            leaving = [[ids for ids in part if ids is not None and replica != here] for replica, part in enumerate(told)]
+            leaving = [[ids for ids in part if ids is not None and replica != here]
+                       for replica, part in enumerate(told)]
             out = [[as_bytes(torch.cat(part).int())] if part else [] for part in leaving]
             sizes = [_id_bytes(part, k) if replica != here else 0 for replica, part in enumerate(self.received)]
             messages = self.wire.trade(out, sizes).wait()
