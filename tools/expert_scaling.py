@@ -252,10 +252,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Count, print, plot, write."""
     options = parse(arguments)
     spec = read_spec(options.backbone) if options.backbone else QWEN3_VL_4B
-    torch.set_num_threads(1)  # ranks are forked: the parent must own no other threads
+    if options.measure:
+        torch.set_num_threads(1)  # ranks are forked: the parent must own no other threads
     measured = []
     for point in measurements(options):
-        print(f"measured: {point}", flush=True)
+        print(f"measured: {point.topology}, {point.rule}, {point.experts} experts, replicas: {point.replicas}",
+              flush=True)
         measured.append(point)
     rows, missing = study(spec, options)
     fits, measured_fits = list(exponents(rows)), list(exponents(measured, MEASURED))

@@ -1,25 +1,35 @@
 """The cost in the number of experts: exponents that the closed forms must have, and the files that are written."""
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import pytest
 
+from copd_megatron.exchange.answers import ROUND_BYTES
+from copd_megatron.exchange.wire import LENGTH_BYTES
+
 TOOL = Path(__file__).resolve().parents[2] / "tools/expert_scaling.py"
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("expert_scaling", TOOL)
-    module = sys.modules["expert_scaling"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def tool():
+    sys.path.insert(0, str(TOOL.parent))
+    try:
+        yield importlib.import_module(TOOL.stem)
+    finally:
+        sys.path.remove(str(TOOL.parent))
+        for name in (TOOL.stem, "expert_step", "forked_ranks", "bench_update"):
+            sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def result(tool, tmp_path_factory):
     out = tmp_path_factory.mktemp("scaling")
-    assert module.main(["--out", str(out), "--json", str(out / "scaling.json"), "--topologies", "full", "hub", "ring",
-                        "no_such_graph"]) == 0
-    del sys.modules["expert_scaling"]
+    assert tool.main(["--out", str(out), "--json", str(out / "scaling.json"), "--topologies", "full", "hub", "ring",
+                      "no_such_graph"]) == 0
     assert {file.name for file in out.iterdir()} == {"scaling.json", "scaling.png", "scaling.svg"}
     return json.loads((out / "scaling.json").read_text())
 
@@ -55,3 +65,19 @@ def test_gathered_adapters_grow_linearly_for_every_rank_and_on_a_fixed_number_of
 def test_what_is_not_known_is_left_out_and_said(result):
     assert {row["topology"] for row in result["rows"]} == {"full", "hub", "ring"}
     assert len(result["left_out"]) == 5 and "no_such_graph" in result["left_out"][0]
+
+
+def test_a_step_that_runs_moves_and_computes_what_is_counted(tool):
+    """On ranks: bytes to the last one but for sizes and numbers of rounds, operations within a few percent."""
+    options = tool.parse(["--topologies", "full", "ring", "--measure", "3", "--replicas", "2"])
+    points = [(m.replicas, m) for m in tool.measurements(options)]
+    assert len(points) == 2 * 2 * 2
+    for replicas, m in points:
+        ranks = 3 if replicas == "experts" else 2
+        assert m.scatter_bytes - m.counted_scatter_bytes == ranks * (ranks - 1) * (LENGTH_BYTES + ROUND_BYTES)
+        assert m.gather_bytes == m.counted_gather_bytes > 0
+        assert m.score_flops == pytest.approx(m.counted_score_flops, rel=0.05)
+        assert m.update_flops == pytest.approx(m.counted_update_flops, rel=0.05)
+    spread = {(m.topology, m.rule): m for replicas, m in points if replicas == "experts"}
+    assert spread["full", "per_edge"].gather_bytes == 2 * spread["ring", "per_edge"].gather_bytes
+    assert spread["full", "per_edge"].update_flops > 1.4 * spread["ring", "per_edge"].update_flops
