@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -113,13 +113,13 @@ def study(spec: BackboneSpec, options: argparse.Namespace) -> tuple[list[Row], l
     return rows, missing
 
 
-def measurements(options: argparse.Namespace) -> Iterator[Measurement]:
-    """All points that are measured: the same experts, topologies and rules, a smaller step."""
+def measurements(options: argparse.Namespace, run: Callable[..., list[dict]] = fork_ranks) -> Iterator[Measurement]:
+    """All points that are measured: the same experts, topologies and rules, a smaller step. ``run``: see `fork_ranks`."""
     small = argparse.Namespace(**vars(options) | SMALL)
     for count in options.measure:
         jobs, _ = _jobs(TINY, small, count)
         for label, replicas in (("experts", count), (str(options.replicas), min(count, options.replicas))):
-            found = fork_ranks(replicas, run_jobs, list(jobs.values()))
+            found = run(replicas, run_jobs, list(jobs.values()))
             for ((topology, rule), job), measured in zip(jobs.items(), found, strict=True):
                 layout, placement = Layout(replicas=replicas), job.place(replicas)
                 flops = [step_flops(job, placement, replica) for replica in range(replicas)]
