@@ -114,7 +114,7 @@ def study(spec: BackboneSpec, options: argparse.Namespace) -> tuple[list[Row], l
 
 
 def measurements(options: argparse.Namespace, run: Callable[..., list[dict]] = fork_ranks) -> Iterator[Measurement]:
-    """All points that are measured: the same experts, topologies and rules, a smaller step. ``run``: see `fork_ranks`."""
+    """All points that are measured: the same experts, topologies and rules, a smaller step; ``run`` as `fork_ranks`."""
     small = argparse.Namespace(**vars(options) | SMALL)
     for count in options.measure:
         jobs, _ = _jobs(TINY, small, count)
