@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
-from torch import Tensor
 
 from copd_megatron.checkpoint import whole_folder
+from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.background import SHARDED, BackgroundSave, Files, describe
 from copd_megatron.checkpoint.content import backbone_hash
-from copd_megatron.checkpoint.huggingface import save_merged
+from copd_megatron.checkpoint.huggingface import refuse_activated, save_merged
 from copd_megatron.checkpoint.peft import full_factors, save_peft_adapter
 from copd_megatron.checkpoint.random_state import (
     load_random_state,
@@ -33,7 +33,7 @@ from copd_megatron.checkpoint.random_state import (
     restore_random_state,
     save_random_states,
 )
-from copd_megatron.checkpoint.saves import FORMAT, newest_whole, prune, save_name, write_state
+from copd_megatron.checkpoint.saves import ADAPTERS, FORMAT, newest_whole, prune, save_name, write_state
 from copd_megatron.checkpoint.sharded import Optimizer, read_shards, take_snapshot
 from copd_megatron.config.checkpoint import CheckpointConfig
 from copd_megatron.model.adapter_bank import AdapterBank
@@ -113,8 +113,7 @@ class CheckpointManager:
         state.updates = {e: n for part in all_gather_objects(mine, groups.world) for e, n in part.items()}
         snapshot = take_snapshot(state.bank, state.optimizers, state.updates, groups.rank)
         writes = all_gather_objects(not snapshot.is_empty, groups.world)
-        exports = {policy: (self._full_factors(state.bank, policy), state.bank.scaling_of(policy))
-                   for policy in policies}
+        exports = {policy: self._adapter(state.bank, policy) for policy in policies}
         states = [None] * groups.layout.world_size if groups.is_main else None
         dist.gather_object(random_state(), states, dst=0, group=groups.world)
         complete = None
@@ -122,8 +121,8 @@ class CheckpointManager:
             meta = self._describe(state)
 
             def complete(files: Files) -> None:
-                for policy, (factors, scaling) in exports.items():
-                    self._write_peft(state.bank, partial / "adapters" / policy, factors, scaling)
+                for policy, adapter in exports.items():
+                    save_peft_adapter(partial / ADAPTERS / policy, adapter, self.prefix, self.backbone)
                 save_random_states(partial / RANDOM, states)
                 write_state(partial, meta | {"files": files | describe(partial, [RANDOM])})
                 whole_folder.finish(partial, final)
@@ -208,8 +207,8 @@ class CheckpointManager:
 
     def export_peft(self, state: RunState, policy: str, folder: Path) -> None:
         """Write one policy, which the main rank's replica holds, as a PEFT folder."""
-        factors, scaling = self._full_factors(state.bank, policy), state.bank.scaling_of(policy)
-        self._on_main(folder, lambda: self._write_peft(state.bank, folder, factors, scaling))
+        adapter = self._adapter(state.bank, policy)
+        self._on_main(folder, lambda: save_peft_adapter(folder, adapter, self.prefix, self.backbone))
 
     def export_merged(self, state: RunState, policy: str, folder: Path) -> None:
         """Write one policy, which the main rank's replica holds, merged into dense weights.
@@ -219,20 +218,15 @@ class CheckpointManager:
         Raises:
             UserError: scope ``completion``, whose adapted span depends on the prompt; or the disk refuses.
         """
-        if state.bank.config.scope == "completion":
-            raise UserError("adapter.scope: completion never merges into dense weights, because the prompt "
-                            "is not adapted; allowed is sequence; use the PEFT folders of each save (activated "
-                            "LoRA), or train with adapter.scope=sequence")
-        factors, scaling = self._full_factors(state.bank, policy), state.bank.scaling_of(policy)
-        self._on_main(folder, lambda: save_merged(folder, self.backbone, factors, scaling, self.prefix))
+        adapter = self._adapter(state.bank, policy)
+        refuse_activated(adapter)
+        self._on_main(folder, lambda: save_merged(folder, self.backbone, adapter, self.prefix))
 
-    def _write_peft(self, bank: AdapterBank, folder: Path, factors: dict[str, Tensor], scaling: float) -> None:
-        invocation = self.encoder.invocation_token_ids if bank.config.scope == "completion" else None
-        save_peft_adapter(folder, factors, scaling, self.prefix, self.backbone, invocation)
-
-    def _full_factors(self, bank: AdapterBank, policy: str) -> dict[str, Tensor]:
-        """On the main rank; other replicas have nothing to do."""
-        return full_factors(bank, policy) if self.groups.coords.replica == 0 else {}
+    def _adapter(self, bank: AdapterBank, policy: str) -> Adapter:
+        """One policy with full factors on the main rank; other replicas have none of them to collect."""
+        factors = full_factors(bank, policy) if self.groups.coords.replica == 0 else {}
+        header = self.encoder.invocation_token_ids if bank.config.scope == "completion" else None
+        return Adapter(factors, bank.scaling_of(policy), header)
 
     def _describe(self, state: RunState) -> dict[str, Any]:
         """state.json of a save that begins now, without its files."""

@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from copd_megatron.checkpoint.adapter import Adapter, factors_in
 from copd_megatron.checkpoint.whole_folder import whole_folder
-from copd_megatron.model.adapter_bank import MODULE_OF, AdapterBank
+from copd_megatron.config.model import AdapterConfig
+from copd_megatron.model.adapter_bank import MODULE_OF, AdapterBank, factor_shape
+from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.translate import TEXT_PREFIX
 from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.types import UserError
@@ -59,41 +62,53 @@ def full_factors(bank: AdapterBank, policy: str) -> dict[str, Tensor]:
     return {name: factor for stage in all_gather_objects(own, groups.pp) for name, factor in stage.items()}
 
 
-def save_peft_adapter(folder: Path, factors: Mapping[str, Tensor], scaling: float, prefix: str,
-                      backbone: Path, invocation_token_ids: Sequence[int] | None) -> None:
+def save_peft_adapter(folder: Path, adapter: Adapter, prefix: str, backbone: Path) -> None:
     """Write a PEFT folder, whole or not at all. One rank calls it.
 
+    PEFT knows one rank for all weights: smaller ones are filled up with zeros, which changes nothing.
+
     Args:
-        factors: full factors by name, see ``full_factors``; all of one LoRA rank.
-        scaling: of the policy; becomes lora_alpha / r.
+        adapter: full factors, see ``full_factors``.
         prefix: what precedes "layers." in the backbone's weight names, see ``translate.TEXT_PREFIX``.
         backbone: its directory, noted for readers that load it by themselves.
-        invocation_token_ids: the generation header for scope ``completion``; None for plain LoRA.
 
     Raises:
         UserError: the disk refuses.
     """
-    config = _config(factors, scaling, backbone, invocation_token_ids)
-    tensors = {f"base_model.model.{prefix}{name}.weight": factor.contiguous()
+    factors = dict(adapter.factors)
+    rank = max(factors[f"{module}.lora_A"].shape[0] for module in adapter.modules())
+    tensors = {f"base_model.model.{prefix}{name}.weight": _of_rank(name, factor, rank)
                for name, factor in factors.items()}
+    config = _config(adapter, rank, backbone)
     with whole_folder(folder, "the adapter") as partial:
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
 
 
-def _config(factors: Mapping[str, Tensor], scaling: float, backbone: Path,
-            invocation_token_ids: Sequence[int] | None) -> dict[str, Any]:
+def _of_rank(name: str, factor: Tensor, rank: int) -> Tensor:
+    missing = rank - factor.shape[0 if name.endswith("A") else 1]
+    padding = (0, 0, 0, missing) if name.endswith("A") else (0, missing)
+    return (torch.nn.functional.pad(factor, padding) if missing else factor).contiguous()
+
+
+def _config(adapter: Adapter, rank: int, backbone: Path) -> dict[str, Any]:
     """What adapter_config.json says. Only what differs from PEFT's defaults and what readers look for: older
     versions stop at options that they do not know."""
-    rank = next(factor.shape[0] for name, factor in factors.items() if name.endswith("lora_A"))
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(backbone),
-              "inference_mode": True, "r": rank, "lora_alpha": _alpha(scaling, rank), "lora_dropout": 0.0,
-              "bias": "none", "target_modules": sorted({name.split(".")[3] for name in factors}),
-              "layers_to_transform": sorted({int(name.split(".")[1]) for name in factors}),
-              "layers_pattern": "layers"}
-    if invocation_token_ids is not None:
-        config["alora_invocation_tokens"] = list(invocation_token_ids)
+              "inference_mode": True, "r": rank, "lora_alpha": _alpha(adapter.scaling, rank), "lora_dropout": 0.0,
+              "bias": "none", **_places(adapter.modules())}
+    if adapter.invocation_token_ids is not None:
+        config["alora_invocation_tokens"] = list(adapter.invocation_token_ids)
     return config
+
+
+def _places(modules: Sequence[str]) -> dict[str, Any]:
+    """The weights by PEFT's options: projections times layers, or, where that would be too many, one by one."""
+    projections = sorted({module.split(".")[3] for module in modules})
+    layers = sorted({int(module.split(".")[1]) for module in modules})
+    if len(projections) * len(layers) == len(modules):
+        return {"target_modules": projections, "layers_to_transform": layers, "layers_pattern": "layers"}
+    return {"target_modules": sorted(modules)}
 
 
 def _alpha(scaling: float, rank: int) -> int | float:
@@ -104,6 +119,43 @@ def _alpha(scaling: float, rank: int) -> int | float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
+def read_peft_adapter(folder: Path, spec: BackboneSpec) -> Adapter:
+    """A PEFT LoRA folder as a policy on the backbone of ``spec``; its factors are read when they are asked for.
+
+    Raises:
+        UserError: files are missing or broken, an option that our adapters do not have, factors that do not
+            fit the backbone.
+    """
+    where = f"adapter {folder}"
+    config = _read_config(folder, where)
+    _check_options(config, where)
+    prefix, names = f"base_model.model.{TEXT_PREFIX[spec.family]}", {}
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            for name in file.keys():
+                factor = name.removeprefix(prefix).removesuffix(".weight")
+                _check_factor(spec, factor, file.get_tensor(name), config["r"], where)
+                names[factor] = name
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(where, error) from error
+    if not names:
+        raise UserError(f"{where}: {WEIGHTS} is empty; a LoRA has factors; save the adapter anew")
+    for name in names:
+        other = name[:-1] + ("B" if name.endswith("A") else "A")
+        if other not in names:
+            raise UserError(f"{where}: has {name} but not {other}; both are needed; save the adapter anew")
+    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    tokens = config.get("alora_invocation_tokens")
+    ordered = {name: names[name] for name in sorted(names, key=_layer_order)}
+    return Adapter(factors_in(folder / WEIGHTS, ordered), scaling, tuple(tokens) if tokens else None)
+
+
+def _layer_order(name: str) -> tuple[int, int, str]:
+    """Layers, within them projections as a new expert has them, A before B."""
+    _, layer, _, projection, factor = name.split(".")
+    return int(layer), list(MODULE_OF).index(projection), factor
+
+
 def load_peft_adapter(bank: AdapterBank, slot: str, folder: Path,
                       invocation_token_ids: Sequence[int] | None = None) -> None:
     """Put a PEFT LoRA folder into the bank as a frozen policy. Every rank calls it and reads the folder.
@@ -112,41 +164,29 @@ def load_peft_adapter(bank: AdapterBank, slot: str, folder: Path,
         invocation_token_ids: the generation header; if given, an activated LoRA must start there too.
 
     Raises:
-        UserError: files are missing or broken, an option that our adapters do not have, factors that do not
-            fit the backbone or the adapter section. The same on every rank.
+        UserError: as ``read_peft_adapter``, or the adapter section has no place for it. The same on every rank.
     """
-    where = f"adapter {folder}"
-    config, tensors = _read(folder, where)
-    _check_options(config, where)
-    _check_scope(config, bank.config.scope, invocation_token_ids, where)
-    prefix = f"base_model.model.{TEXT_PREFIX[bank.spec.family]}"
-    factors = {name.removeprefix(prefix).removesuffix(".weight"): tensor for name, tensor in tensors.items()}
-    for name, factor in factors.items():
-        _check_factor(bank, name, factor, config["r"], where)
-    for name in factors:
-        other = name[:-1] + ("B" if name.endswith("A") else "A")
-        if other not in factors:
-            raise UserError(f"{where}: has {name} but not {other}; both are needed; save the adapter anew")
-    scaling = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    own = {name: bank.shard(name, factors[name]) for name in bank.factor_names() if name in factors}
-    bank.put(slot, own, scaling)
+    adapter = read_peft_adapter(folder, bank.spec)
+    check_section(adapter, bank.config, invocation_token_ids, f"adapter {folder}")
+    own = {name: bank.shard(name, adapter.factors[name]) for name in bank.factor_names() if name in adapter.factors}
+    bank.put(slot, own, adapter.scaling)
 
 
-def _read(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """adapter_config.json and the tensors."""
+def _read_config(folder: Path, where: str) -> dict[str, Any]:
+    """adapter_config.json."""
     try:
         config = json.loads((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{where}: cannot be read ({error}); a PEFT folder holds {CONFIG} and {WEIGHTS}; "
-                        "check the path") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(where, error) from error
     sizes = isinstance(config, dict) and [config.get("r"), config.get("lora_alpha")]
     if not sizes or not all(isinstance(size, int | float) and size > 0 for size in sizes):
         raise UserError(f"{where}: {CONFIG} lacks r or lora_alpha; both are positive numbers; save the "
                         "adapter anew")
-    if not tensors:
-        raise UserError(f"{where}: {WEIGHTS} is empty; a LoRA has factors; save the adapter anew")
-    return config, tensors
+    return config
+
+
+def _unreadable(where: str, error: Exception) -> UserError:
+    return UserError(f"{where}: cannot be read ({error}); a PEFT folder holds {CONFIG} and {WEIGHTS}; check the path")
 
 
 def _check_options(config: Mapping[str, Any], where: str) -> None:
@@ -161,33 +201,38 @@ def _check_options(config: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {option} is {value!r}; allowed is {allowed}; export a plain LoRA")
 
 
-def _check_scope(config: Mapping[str, Any], scope: str, invocation_token_ids: Sequence[int] | None,
-                 where: str) -> None:
-    """Plain LoRA under scope sequence, activated LoRA with our invocation tokens under scope completion."""
-    tokens = config.get("alora_invocation_tokens")
-    if bool(tokens) != (scope == "completion"):
+def check_section(adapter: Adapter, config: AdapterConfig, invocation_token_ids: Sequence[int] | None,
+                  where: str) -> None:
+    """Refuse an adapter that section ``adapter`` of a run has no place for.
+
+    Plain LoRA belongs to scope sequence, activated LoRA with our invocation tokens to scope completion.
+    """
+    tokens = adapter.invocation_token_ids
+    if bool(tokens) != (config.scope == "completion"):
         kind = "an activated" if tokens else "a plain"
-        raise UserError(f"{where}: {kind} LoRA under adapter.scope={scope}; scope sequence reads plain LoRA, "
+        raise UserError(f"{where}: {kind} LoRA under adapter.scope={config.scope}; scope sequence reads plain LoRA, "
                         "scope completion activated LoRA; change adapter.scope or the adapter")
-    if tokens and invocation_token_ids is not None and list(tokens) != list(invocation_token_ids):
+    if tokens and invocation_token_ids is not None and tokens != tuple(invocation_token_ids):
         raise UserError(f"{where}: alora_invocation_tokens {list(tokens)}; the backbone's chat template starts "
                         f"answers with {list(invocation_token_ids)}; use an adapter for this template")
+    for module in adapter.modules():
+        _, layer, _, projection = module.split(".")
+        if projection not in config.targets:
+            raise UserError(f"{where}: adapts {projection}, which adapter.targets leaves out; allowed are "
+                            f"{', '.join(config.targets)}; add it to adapter.targets")
+        if int(layer) < config.first_layer:
+            raise UserError(f"{where}: adapts layer {layer}; allowed are layers from adapter.first_layer="
+                            f"{config.first_layer} on; lower adapter.first_layer")
 
 
-def _check_factor(bank: AdapterBank, name: str, factor: Tensor, rank: int, where: str) -> None:
-    """Refuse a factor that the backbone or the adapter section has no place for."""
+def _check_factor(spec: BackboneSpec, name: str, factor: Tensor, rank: int, where: str) -> None:
+    """Refuse a factor that the backbone has no place for."""
     match = _FACTOR.fullmatch(name)
-    if not match or MODULE_OF.get(match[3]) != match[2] or int(match[1]) >= bank.spec.num_layers:
+    if not match or MODULE_OF.get(match[3]) != match[2] or int(match[1]) >= spec.num_layers:
         raise UserError(f"{where}: tensor {name!r} belongs to no linear of the backbone (family "
-                        f"{bank.spec.family}, {bank.spec.num_layers} layers); adapter and backbone must belong "
+                        f"{spec.family}, {spec.num_layers} layers); adapter and backbone must belong "
                         "together; check both paths")
-    if match[3] not in bank.config.targets:
-        raise UserError(f"{where}: adapts {match[3]}, which adapter.targets leaves out; allowed are "
-                        f"{', '.join(bank.config.targets)}; add it to adapter.targets")
-    if int(match[1]) < bank.config.first_layer:
-        raise UserError(f"{where}: adapts layer {match[1]}; allowed are layers from adapter.first_layer="
-                        f"{bank.config.first_layer} on; lower adapter.first_layer")
-    shape = bank.full_shape(name, rank)
+    shape = factor_shape(spec, name, rank)
     if tuple(factor.shape) != shape:
         raise UserError(f"{where}: {name} is {list(factor.shape)}; the backbone and r={rank} need "
                         f"{list(shape)}; check that adapter and backbone belong together")

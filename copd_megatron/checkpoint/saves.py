@@ -20,7 +20,7 @@ from copd_megatron.checkpoint.background import sha256
 from copd_megatron.parallel.collectives import all_gather_objects, broadcast_object
 
 log = logging.getLogger(__name__)
-STATE = "state.json"
+STATE, ADAPTERS = "state.json", "adapters"
 FORMAT = 2
 """Of state.json; counted up when older saves can no longer be read."""
 
@@ -75,6 +75,18 @@ def newest_whole(folder: Path, world: ProcessGroup) -> tuple[Path, dict[str, Any
         if problem is None:
             return path, meta
         if is_main:
+            log.warning("%s is damaged and was skipped (%s)", path, problem)
+    return None
+
+
+def whole_save(folder: Path, step: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """As ``newest_whole``, by a process alone; with ``step`` the save of that step or None."""
+    for at, path in list_saves(folder):
+        if step is None or at == step:
+            meta, problem = _read_state(path)
+            problem = problem or _damage(path, meta["files"], 0, 1)
+            if problem is None:
+                return path, meta
             log.warning("%s is damaged and was skipped (%s)", path, problem)
     return None
 

@@ -110,5 +110,9 @@ class RunConfig(Section):
             yield least > most, f"schedule.{field}: [{least}, {most}]; the least comes first; swap them"
         yield schedule.rl_steps + schedule.opd_steps == 0, (
             "schedule.rl_steps and schedule.opd_steps: both are 0; a cycle has at least one step; raise one")
+        merge = self.merge
+        yield merge.rule == "weighted" and set(merge.weights) != set(self.experts), (
+            f"merge.weights: {merge.weights}; merge.rule=weighted needs one weight for each of the experts "
+            f"{', '.join(self.experts)} and no other; correct it")
         yield self.evaluation.greedy and self.evaluation.samples != 1, (
             "evaluation.samples: more than 1 greedy sample is always the same; set evaluation.greedy=false")

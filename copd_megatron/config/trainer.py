@@ -55,10 +55,13 @@ class ScheduleConfig(Section):
 class MergeConfig(Section):
     """How the experts become one policy."""
 
-    rule: Literal["uniform", "task_arithmetic"] = "uniform"
-    """uniform: mean of the experts' weight deltas; task_arithmetic: scale x their sum."""
-    scale: float = 0.6
+    rule: Literal["uniform", "weighted", "task_arithmetic", "concat"] = "uniform"
+    """uniform: mean of the experts' weight deltas; weighted: their sum, each times its weight; task_arithmetic: scale
+    x their sum; concat: their sum. The merged policy is one adapter of all ranks side by side, exactly that sum."""
+    scale: float = Field(0.6, allow_inf_nan=False)
     """lambda of task arithmetic (arXiv:2212.04089)."""
+    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    """weighted: expert -> factor of its delta, one for each; they need not sum to 1."""
 
 
 class EvaluationConfig(Section):

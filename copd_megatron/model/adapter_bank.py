@@ -70,6 +70,21 @@ def shard_dim(projection: str, factor: str) -> int | None:
     return 0 if factor == "lora_B" else None
 
 
+def factor_shape(spec: BackboneSpec, name: str, rank: int) -> tuple[int, int]:
+    """Shape of the unsharded factor ``name`` of a policy with LoRA rank ``rank``."""
+    projection, factor = name.rsplit(".", 2)[1:]
+    out, inp = projection_shape(spec, projection)
+    return (rank, inp) if factor == "lora_A" else (out, rank)
+
+
+def concatenated_factor(name: str, parts: Sequence[tuple[Tensor, float]]) -> Tensor:
+    """Factor ``name`` of the policy whose delta is the sum of f_i B_i A_i, for ``parts`` (A_i or B_i, f_i): exactly,
+    A = [A_1; A_2; ...] and B = [f_1 B_1, f_2 B_2, ...], to be used with scaling 1."""
+    if name.endswith("lora_A"):
+        return torch.cat([factor for factor, _ in parts])
+    return torch.cat([factor * scale for factor, scale in parts], 1)
+
+
 class AdapterBank(nn.Module):
     """The adapters of this stage's layers for every policy, trainable or frozen.
 
@@ -156,9 +171,7 @@ class AdapterBank(nn.Module):
 
     def full_shape(self, name: str, rank: int) -> tuple[int, int]:
         """Shape of the unsharded factor of a policy with LoRA rank ``rank``."""
-        projection, factor = name.rsplit(".", 2)[1:]
-        out, inp = projection_shape(self.spec, projection)
-        return (rank, inp) if factor == "lora_A" else (out, rank)
+        return factor_shape(self.spec, name, rank)
 
     def local_shape(self, name: str, rank: int) -> tuple[int, int]:
         """Shape of this rank's shard of the factor."""
@@ -170,17 +183,10 @@ class AdapterBank(nn.Module):
 
     @torch.no_grad()
     def put_combination(self, name: str, weights: Mapping[str, float]) -> None:
-        """Add the policy whose weight delta is sum_e weights[e] * delta_e, exactly, by concatenating
-        ranks: A = [A_1; A_2; ...], B = [w_1 s_1 B_1, w_2 s_2 B_2, ...], scaling 1."""
-        factors = {}
-        for key in self.parameters_of(next(iter(weights))):
-            parts = [self.slots[e].parameters[key] for e in weights]
-            if key.endswith("lora_A"):
-                factors[key] = torch.cat(parts)
-            else:
-                factors[key] = torch.cat([p * (w * self.slots[e].scaling)
-                                          for p, (e, w) in zip(parts, weights.items())], 1)
-        self.put(name, factors, 1.0)
+        """Add the policy whose weight delta is sum_e weights[e] * delta_e, exactly, by concatenating ranks."""
+        slots = [(self.slots[e], w) for e, w in weights.items()]
+        self.put(name, {key: concatenated_factor(key, [(s.parameters[key], w * s.scaling) for s, w in slots])
+                        for key in slots[0][0].parameters}, 1.0)
 
 
 def _parameter_key(policy: str, name: str) -> str:

@@ -60,7 +60,7 @@ def check_files(path: str | Path) -> dict[str, TensorEntry]:
     if not (path / SINGLE_FILE).is_file():
         raise UserError(f"model.path: {path} has neither {SINGLE_FILE} nor {INDEX_FILE}; weights must be "
                         "safetensors; finish the download or convert the checkpoint")
-    return _by_todays_names(_read_header(path / SINGLE_FILE))
+    return _by_todays_names(read_header(path / SINGLE_FILE))
 
 
 def _by_todays_names(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -87,7 +87,7 @@ def _check_sharded(path: Path) -> dict[str, TensorEntry]:
         if not (path / file_name).is_file():
             tensor = next(name for name, file in weight_map.items() if file == file_name)
             raise _broken(path / file_name, f"the file is missing; tensor {tensor!r} should be in it")
-        headers[file_name] = _read_header(path / file_name)
+        headers[file_name] = read_header(path / file_name)
     entries = {}
     for name, file_name in weight_map.items():
         if name not in headers[file_name]:
@@ -97,7 +97,11 @@ def _check_sharded(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _read_header(file: Path) -> dict[str, TensorEntry]:
+def read_header(file: Path) -> dict[str, TensorEntry]:
+    """Every tensor of one safetensors file by name, after checking the header against the file's size.
+
+    Raises UserError naming the file if it is truncated, no safetensors or holds anything but plain floats.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)

@@ -1,25 +1,21 @@
 """Experts become one policy: linear combinations of their weight deltas.
 
-uniform: theta_0 + mean of deltas. task_arithmetic: theta_0 + scale x sum of deltas (Ilharco et al. 2023,
-arXiv:2212.04089). With LoRA both are exact as one rank-concatenated adapter.
+uniform: theta_0 + mean of deltas. weighted: theta_0 + sum of weighted deltas. task_arithmetic: theta_0 + scale x sum
+of deltas (Ilharco et al. 2023, arXiv:2212.04089). concat: theta_0 + sum of deltas. With LoRA all are exact as one
+rank-concatenated adapter.
 """
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from copd_megatron.checkpoint.adapter import merge_weights
 from copd_megatron.config.trainer import MergeConfig
 from copd_megatron.exchange.gather import gathered_adapters
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.parallel.groups import Groups
 
 MERGED = "merged"
-
-
-def merge_weights(experts: Sequence[str], config: MergeConfig) -> dict[str, float]:
-    """Expert -> factor of its delta."""
-    factor = 1 / len(experts) if config.rule == "uniform" else config.scale
-    return {expert: factor for expert in experts}
 
 
 @contextmanager

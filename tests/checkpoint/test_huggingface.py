@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from copd_megatron.checkpoint import huggingface
+from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.huggingface import save_merged
 from copd_megatron.checkpoint.manager import CheckpointManager, RunState
 from copd_megatron.checkpoint.peft import full_factors
@@ -169,18 +170,18 @@ def test_scope_completion_is_refused_on_all_ranks_with_the_ways_out(tmp_path):
 def test_an_adapter_without_a_weight_is_refused(one_rank, tmp_path):
     factors = {f"layers.9.mlp.up_proj.lora_{f}": torch.ones(2, 2, device=CPU) for f in "AB"}
     with pytest.raises(UserError, match="model.layers.9.mlp.up_proj.weight has an adapter but is not in"):
-        save_merged(tmp_path / "merged", tiny_model("qwen3"), factors, 1.0, TEXT_PREFIX["qwen3"])
+        save_merged(tmp_path / "merged", tiny_model("qwen3"), Adapter(factors, 1.0), TEXT_PREFIX["qwen3"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_killed_export_leaves_nothing_that_loads(tmp_path, monkeypatch):
     """Killed at the second of several weight files: only a temporary folder, and that one has no config.json."""
     path = tiny_model("qwen3", shard_bytes=40_000)
-    encoder, save, written = _encoder(path), huggingface.save_file, []
+    encoder, rewrite, written = _encoder(path), huggingface.rewrite_file, []
 
-    def save_then_die(tensors, file, **kwargs):
-        save(tensors, file, **kwargs)
-        written.append(file)
+    def rewrite_then_die(source, target, *rest):
+        rewrite(source, target, *rest)
+        written.append(target)
         if len(written) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -189,7 +190,7 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path, monkeypatch):
         manager, state = _manager(tmp_path, make_bank(groups, encoder.spec, ADAPTER), path)
         manager.export_merged(state, "a", tmp_path / "merged")
 
-    monkeypatch.setattr(huggingface, "save_file", save_then_die)
+    monkeypatch.setattr(huggingface, "rewrite_file", rewrite_then_die)
     with pytest.raises(RankError, match="died with exit code -9"):
         run_ranks(1, on_rank)
     assert [p.name for p in tmp_path.iterdir()] == ["merged.tmp"]

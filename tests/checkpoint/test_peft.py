@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.manager import CheckpointManager, RunState
 from copd_megatron.checkpoint.peft import CONFIG, WEIGHTS, full_factors, load_peft_adapter, save_peft_adapter
 from copd_megatron.config.checkpoint import CheckpointConfig
@@ -71,8 +72,8 @@ def _bank(groups: Groups, family: str, adapter: AdapterConfig) -> AdapterBank:
 def _export(bank: AdapterBank, family: str, policy: str, folder: Path) -> Path:
     encoder = _encoder(family)
     header = encoder.invocation_token_ids if bank.config.scope == "completion" else None
-    save_peft_adapter(folder, full_factors(bank, policy), bank.scaling_of(policy), TEXT_PREFIX[family], encoder.path,
-                      header)
+    adapter = Adapter(full_factors(bank, policy), bank.scaling_of(policy), header)
+    save_peft_adapter(folder, adapter, TEXT_PREFIX[family], encoder.path)
     return folder
 
 
@@ -224,8 +225,10 @@ def _tensors(change: Callable[[dict[str, torch.Tensor], str], None]) -> Callable
 
 
 def _rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor], str], None]:
+    """Of both factors of a weight."""
     def change(tensors: dict[str, torch.Tensor], name: str) -> None:
-        tensors[name.replace(old, new)] = tensors.pop(name)
+        for key in (name, name.replace("lora_A", "lora_B")):
+            tensors[key.replace(old, new)] = tensors.pop(key)
     return change
 
 

@@ -4,6 +4,7 @@ import functools
 import pytest
 import torch
 
+from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.peft import save_peft_adapter
 from copd_megatron.model.translate import TEXT_PREFIX
 from copd_megatron.parallel.seeding import generator_for
@@ -117,7 +118,8 @@ def test_gradients_are_those_of_the_formulas(variant, tmp_path):
     reference = None
     if config.rlvr.kl_reference != "backbone":
         reference = reference_factors()
-        save_peft_adapter(tmp_path / "reference", reference, 2.0, TEXT_PREFIX["qwen3"], tiny_model("qwen3"), None)
+        save_peft_adapter(tmp_path / "reference", Adapter(reference, 2.0), TEXT_PREFIX["qwen3"],
+                          tiny_model("qwen3"))
     with toy_trainer(config, tmp_path / "run") as trainer:
         randomise(trainer)
         start = {e: {n: p.detach().clone() for n, p in o.parameters.items()}

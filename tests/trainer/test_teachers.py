@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.peft import save_peft_adapter
 from copd_megatron.model.translate import TEXT_PREFIX
 from copd_megatron.trainer.opd_phase import cross_shares
@@ -31,7 +32,7 @@ def save_expert(folder, expert: str, experts=EXPERTS) -> dict[str, torch.Tensor]
         randomise(trainer)
         bank = trainer.runner.backbone.bank
         factors = {name: p.detach().clone() for name, p in bank.parameters_of(expert).items()}
-        save_peft_adapter(folder, factors, bank.scaling_of(expert), TEXT_PREFIX["qwen3"], tiny_model("qwen3"), None)
+        save_peft_adapter(folder, Adapter(factors, bank.scaling_of(expert)), TEXT_PREFIX["qwen3"], tiny_model("qwen3"))
     return factors
 
 

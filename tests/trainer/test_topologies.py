@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.peft import save_peft_adapter
 from copd_megatron.model.translate import TEXT_PREFIX
 from support.ranks import run_ranks
@@ -46,7 +47,7 @@ def frozen(tmp_path_factory):
         randomise(trainer)
         bank = trainer.runner.backbone.bank
         factors = {name: p.detach().clone() for name, p in bank.parameters_of("text").items()}
-        save_peft_adapter(folder / "old", factors, 2.0, TEXT_PREFIX["qwen3"], tiny_model("qwen3"), None)
+        save_peft_adapter(folder / "old", Adapter(factors, 2.0), TEXT_PREFIX["qwen3"], tiny_model("qwen3"))
     return folder / "old"
 
 
