@@ -39,8 +39,8 @@ def load_recipe(path: str | Path) -> RunConfig:
     """Run a recipe file and return its configuration.
 
     The file's folder goes first on ``sys.path``, as for a script, so that a recipe imports its neighbours and
-    names of the form "neighbour:Name" resolve. Relative ``model.path``, ``rlvr.kl_reference`` and
-    ``exchange.frozen_teachers`` are taken from that folder.
+    names of the form "neighbour:Name" resolve. Relative ``model.path``, ``rlvr.kl_reference``,
+    ``experts.*.init_from`` and ``exchange.frozen_teachers`` are taken from that folder.
 
     Raises:
         UserError: the file is missing, fails, or has no ``recipe()`` that returns a valid RunConfig.
@@ -129,7 +129,15 @@ def _with_absolute_paths(config: RunConfig, folder: Path) -> RunConfig:
         rlvr = rlvr.model_copy(update={"kl_reference": _absolute(rlvr.kl_reference, folder)})
     frozen = {name: _absolute(path, folder) for name, path in config.exchange.frozen_teachers.items()}
     exchange = config.exchange.model_copy(update={"frozen_teachers": frozen})
-    return config.model_copy(update={"model": model, "rlvr": rlvr, "exchange": exchange})
+    experts = {
+        name: expert.model_copy(update={"init_from": _absolute(expert.init_from, folder)})
+        if expert.init_from
+        else expert
+        for name, expert in config.experts.items()
+    }
+    return config.model_copy(
+        update={"model": model, "rlvr": rlvr, "exchange": exchange, "experts": experts}
+    )
 
 
 def _absolute(path: str, folder: Path) -> str:
@@ -161,6 +169,10 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     for name, given in frozen.items() if isinstance(frozen, dict) else ():
         if isinstance(given, str) and given != config.exchange.frozen_teachers.get(name):
             frozen[name] = _absolute(given, Path.cwd())
+    for name, expert in tree["experts"].items() if isinstance(tree["experts"], dict) else ():
+        given = expert.get("init_from") if isinstance(expert, dict) else None
+        if isinstance(given, str) and (name not in config.experts or given != config.experts[name].init_from):
+            expert["init_from"] = _absolute(given, Path.cwd())
     try:
         return type(config).model_validate(tree)
     except ValidationError as error:

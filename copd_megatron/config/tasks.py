@@ -27,6 +27,10 @@ class ExpertConfig(Section):
     rewards: dict[str, RewardConfig] = Field(
         default_factory=lambda: {"accuracy": RewardConfig(weight=0.9), "format": RewardConfig(weight=0.1)})
     """Weighted parts of the reward, each logged."""
+    init_from: str | None = None
+    """PEFT adapter folder that the expert begins as, bit by bit; None begins as the backbone. Its rank may be at most
+    ``adapter.rank``, its scaling a power of two away from ``adapter.alpha / adapter.rank``, its weights among
+    ``adapter.targets``; the rest begins as a new expert's. At --resume the save is laid over it."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Its share of the work, beside the other experts': decides how many replicas it gets, or with whom it shares
     one. Measured as metric ``{expert}/tokens``. It changes the speed, never what is learned."""

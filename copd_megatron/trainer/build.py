@@ -11,6 +11,7 @@ import torch
 
 from copd_megatron.checkpoint.manager import CheckpointManager, RunState
 from copd_megatron.checkpoint.peft import load_peft_adapter
+from copd_megatron.checkpoint.warm_start import start_expert
 from copd_megatron.config.loading import to_json
 from copd_megatron.config.losses import RlvrConfig
 from copd_megatron.config.reference import resolve_object
@@ -78,6 +79,8 @@ def build_policies(config: RunConfig) -> Policies:
     reference = _reference_folder(config.rlvr)
     teachers = {name: _adapter_folder(folder, f"exchange.frozen_teachers.{name}", "a PEFT adapter folder")
                 for name, folder in config.exchange.frozen_teachers.items()}
+    starts = {name: _adapter_folder(expert.init_from, f"experts.{name}.init_from", "a PEFT adapter folder")
+              for name, expert in config.experts.items() if expert.init_from}
     tasks = {name: build_task(expert, name) for name, expert in config.experts.items()}
     scorers = {name: Scorer(tasks[name], expert.rewards, f"experts.{name}.rewards")
                for name, expert in config.experts.items()}
@@ -93,6 +96,8 @@ def build_policies(config: RunConfig) -> Policies:
     backbone.eval()
     for expert in groups.hosted:
         backbone.bank.add_expert(expert, config.seed)
+        if expert in starts:
+            start_expert(backbone.bank, expert, starts[expert], invocation)
     if reference:
         load_peft_adapter(backbone.bank, REFERENCE, reference, invocation)
     for name, folder in teachers.items():

@@ -1,0 +1,111 @@
+"""What a backbone's tensors are called in Megatron distributed checkpoints, and what Megatron-LM must be told.
+
+    layers        decoder.layers.<parameter>, one tensor of all layers [L, ...]: GPTModel's default
+    norms         self_attention.linear_qkv.layer_norm_weight, mlp.linear_fc1.layer_norm_weight: the names that
+                  Megatron's Transformer Engine spec has and its local spec maps to
+    the rest      embedding.word_embeddings.weight, decoder.final_layernorm.weight, output_layer.weight
+
+Layouts of fused tensors are those of ``model.translate`` on one tensor-parallel rank.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from copd_megatron.model.spec import BackboneSpec
+from copd_megatron.model.translate import HEAD_NAME, TEXT_PREFIX, Piece, expected_shapes, layer_pieces
+from copd_megatron.types import UserError
+
+TRACKER, RELEASE, ARGUMENTS = "latest_checkpointed_iteration.txt", "release", "megatron_arguments.txt"
+
+LAYER = "decoder.layers."
+NORMS = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+         "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight"}
+"""Our parameter names -> those of Megatron's checkpoints, where they differ."""
+
+KNOWN = frozenset({*NORMS, *(f"self_attention.{linear}.{kind}" for linear in ("linear_qkv", "linear_proj")
+                             for kind in ("weight", "bias")), "self_attention.q_layernorm.weight",
+                   "self_attention.k_layernorm.weight", *(f"mlp.{linear}.{kind}" for linear in
+                                                          ("linear_fc1", "linear_fc2") for kind in ("weight", "bias"))})
+"""Parameters of a layer that GPTModel's dense layers have too, laid out in the same way."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One tensor of the checkpoint, or one layer of it, made of slices of Hugging Face tensors."""
+
+    key: str
+    layer: int | None
+    """Index along its first dim; None: the tensor has no layers."""
+    shape: tuple[int, ...]
+    pieces: list[Piece]
+
+
+def check_supported(spec: BackboneSpec) -> None:
+    """Refuse backbones that GPTModel cannot be.
+
+    Raises:
+        UserError: a vision tower, parameters that its dense layers do not have, or a rotary scaling of its own.
+    """
+    what = None
+    unknown = sorted(layer_pieces(spec, spec.num_layers - 1, 0, 1).keys() - KNOWN)
+    if spec.is_visual:
+        what = "a vision tower"
+    elif unknown:
+        what = f"{unknown[0]} in its layers"
+    elif spec.o_bias or spec.mlp_bias:
+        what = "biases on o_proj or in its MLP"
+    elif spec.rope.scaling is not None and _scaling_arguments(spec) is None:
+        what = f"rotary scaling {spec.rope.scaling}"
+    if what:
+        raise UserError(f"--backbone: family {spec.family} has {what}; converted are dense text models that "
+                        "Megatron-LM's GPTModel can be; continue from the Hugging Face directory instead")
+
+
+def slots(spec: BackboneSpec) -> list[Slot]:
+    """All tensors of the checkpoint, by layer."""
+    shapes = expected_shapes(spec)
+    prefix = TEXT_PREFIX[spec.family]
+    tables = {"embedding.word_embeddings.weight": f"{prefix}embed_tokens.weight",
+              "decoder.final_layernorm.weight": f"{prefix}norm.weight"}
+    if not spec.tied_head:
+        tables["output_layer.weight"] = HEAD_NAME
+    found = [Slot(key, None, shapes[name], [Piece(name)]) for key, name in tables.items()]
+    for layer in range(spec.num_layers):
+        for name, pieces in layer_pieces(spec, layer, 0, 1).items():
+            rows = sum(len(range(*piece.rows.indices(shapes[piece.name][0]))) for piece in pieces)
+            shape = (rows, *shapes[pieces[0].name][1:])
+            found.append(Slot(LAYER + NORMS.get(name, name), layer, shape, pieces))
+    return found
+
+
+def megatron_arguments(spec: BackboneSpec, dtype: torch.dtype, max_positions: int) -> list[str]:
+    """Options of Megatron-LM's pretrain_gpt.py for this model and this checkpoint, one a line."""
+    given = {"num-layers": spec.num_layers, "hidden-size": spec.hidden_size, "ffn-hidden-size": spec.ffn_hidden_size,
+             "num-attention-heads": spec.num_heads, "group-query-attention": None,
+             "num-query-groups": spec.num_kv_heads, "kv-channels": spec.head_dim,
+             "max-position-embeddings": max_positions, "normalization": "RMSNorm", "norm-epsilon": spec.norm_eps,
+             "swiglu": None, "disable-bias-linear": None, "position-embedding-type": "rope",
+             "rotary-base": int(spec.rope.theta), "vocab-size": spec.vocab_size, "ckpt-format": "torch_dist",
+             "finetune": None, "no-load-optim": None, "no-load-rng": None}
+    switches = {"add-qkv-bias": spec.qkv_bias, "qk-layernorm": spec.qk_norm,
+                "untie-embeddings-and-output-weights": not spec.tied_head, "bf16": dtype == torch.bfloat16,
+                "fp16": dtype == torch.float16}
+    given |= {name: None for name, on in switches.items() if on}
+    given |= _scaling_arguments(spec) or {}
+    return [f"--{name}" if value is None else f"--{name} {value}" for name, value in given.items()]
+
+
+def _scaling_arguments(spec: BackboneSpec) -> dict[str, Any] | None:
+    """Options that say the rotary scaling; None if Megatron-LM has none for it (or there is no scaling)."""
+    scaling = dict(spec.rope.scaling or {})
+    kind, factor = scaling.pop("rope_type", None), scaling.pop("factor", None)
+    if kind == "linear" and not scaling:
+        return {"rotary-seq-len-interpolation-factor": int(factor)} if factor == int(factor) else None
+    # RotaryEmbedding of megatron-core has these three numbers built in.
+    if kind == "llama3" and scaling == {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                        "original_max_position_embeddings": 8192}:
+        return {"use-rope-scaling": None, "rope-scaling-factor": factor}
+    return None
