@@ -10,10 +10,12 @@ Layouts of fused tensors are those of ``model.translate`` on one tensor-parallel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from copd_megatron.model.hf_config import load_hf_config
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.translate import HEAD_NAME, TEXT_PREFIX, Piece, expected_shapes, layer_pieces
 from copd_megatron.types import UserError
@@ -43,7 +45,7 @@ class Slot:
     pieces: list[Piece]
 
 
-def check_supported(spec: BackboneSpec) -> None:
+def check_supported(backbone: Path, spec: BackboneSpec) -> None:
     """Refuse backbones that GPTModel cannot be.
 
     Raises:
@@ -57,8 +59,8 @@ def check_supported(spec: BackboneSpec) -> None:
         what = f"{unknown[0]} in its layers"
     elif spec.o_bias or spec.mlp_bias:
         what = "biases on o_proj or in its MLP"
-    elif spec.rope.scaling is not None and _scaling_arguments(spec) is None:
-        what = f"rotary scaling {spec.rope.scaling}"
+    elif spec.rope.frequencies is not None and _scaling_arguments(backbone) is None:
+        what = f"rotary scaling {load_hf_config(backbone).rope_parameters}"
     if what:
         raise UserError(f"--backbone: family {spec.family} has {what}; converted are dense text models that "
                         "Megatron-LM's GPTModel can be; continue from the Hugging Face directory instead")
@@ -81,8 +83,9 @@ def slots(spec: BackboneSpec) -> list[Slot]:
     return found
 
 
-def megatron_arguments(spec: BackboneSpec, dtype: torch.dtype, max_positions: int) -> list[str]:
+def megatron_arguments(backbone: Path, spec: BackboneSpec, dtype: torch.dtype) -> list[str]:
     """Options of Megatron-LM's pretrain_gpt.py for this model and this checkpoint, one a line."""
+    max_positions = load_hf_config(backbone).max_position_embeddings
     given = {"num-layers": spec.num_layers, "hidden-size": spec.hidden_size, "ffn-hidden-size": spec.ffn_hidden_size,
              "num-attention-heads": spec.num_heads, "group-query-attention": None,
              "num-query-groups": spec.num_kv_heads, "kv-channels": spec.head_dim,
@@ -94,16 +97,17 @@ def megatron_arguments(spec: BackboneSpec, dtype: torch.dtype, max_positions: in
                 "untie-embeddings-and-output-weights": not spec.tied_head, "bf16": dtype == torch.bfloat16,
                 "fp16": dtype == torch.float16}
     given |= {name: None for name, on in switches.items() if on}
-    given |= _scaling_arguments(spec) or {}
+    given |= (_scaling_arguments(backbone) or {}) if spec.rope.frequencies is not None else {}
     return [f"--{name}" if value is None else f"--{name} {value}" for name, value in given.items()]
 
 
-def _scaling_arguments(spec: BackboneSpec) -> dict[str, Any] | None:
-    """Options that say the rotary scaling; None if Megatron-LM has none for it (or there is no scaling)."""
-    scaling = dict(spec.rope.scaling or {})
+def _scaling_arguments(backbone: Path) -> dict[str, Any] | None:
+    """Options that say the rotary scaling; None if Megatron-LM has none for it."""
+    scaling = {name: value for name, value in load_hf_config(backbone).rope_parameters.items()
+               if value is not None and name not in ("rope_theta", "type")}
     kind, factor = scaling.pop("rope_type", None), scaling.pop("factor", None)
-    if kind == "linear" and not scaling:
-        return {"rotary-seq-len-interpolation-factor": int(factor)} if factor == int(factor) else None
+    if kind == "linear" and not scaling and factor == int(factor):
+        return {"rotary-seq-len-interpolation-factor": int(factor)}
     # RotaryEmbedding of megatron-core has these three numbers built in.
     if kind == "llama3" and scaling == {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                         "original_max_position_embeddings": 8192}:

@@ -153,7 +153,7 @@ def from_megatron(checkpoint: Path, backbone: Path, spec: BackboneSpec, folder: 
     Raises:
         UserError: a tensor is missing, misshapen or broken, or the disk refuses.
     """
-    check_supported(spec)
+    check_supported(backbone, spec)
     source = MegatronCheckpoint(checkpoint)
     kind = dtype or source.dtype(spec)
     places = _places(spec)

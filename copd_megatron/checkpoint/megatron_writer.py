@@ -33,7 +33,6 @@ from copd_megatron.checkpoint.megatron_names import (
 )
 from copd_megatron.checkpoint.weight_stream import DTYPES
 from copd_megatron.checkpoint.whole_folder import whole_folder
-from copd_megatron.model.hf_config import load_hf_config
 from copd_megatron.model.safetensor_reader import SafetensorReader
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.translate import expected_shapes
@@ -61,11 +60,9 @@ def to_megatron(backbone: Path, spec: BackboneSpec, folder: Path, dtype: torch.d
     Raises:
         UserError: a family that GPTModel does not know, weights of several dtypes, or the disk refuses.
     """
-    check_supported(spec)
+    check_supported(backbone, spec)
     with whole_folder(folder, "the Megatron checkpoint") as partial, SafetensorReader(backbone) as reader:
         kind = dtype or _only_dtype(reader, spec)
-        positions = load_hf_config(backbone).max_position_embeddings
-        arguments = megatron_arguments(spec, kind, positions)
         state = partial / RELEASE
         state.mkdir()
         data, items = {}, []
@@ -75,7 +72,7 @@ def to_megatron(backbone: Path, spec: BackboneSpec, folder: Path, dtype: torch.d
             data[item.index] = lambda slot=slot: _assembled(slot, backbone, kind, advance)
         _write(state, items, data)
         save_config(CheckpointingConfig("torch_dist"), str(state))
-        (partial / ARGUMENTS).write_text("\n".join(arguments) + "\n")
+        (partial / ARGUMENTS).write_text("\n".join(megatron_arguments(backbone, spec, kind)) + "\n")
         # Last, as Megatron-LM looks for it first.
         (partial / TRACKER).write_text(RELEASE)
 

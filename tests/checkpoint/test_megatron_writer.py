@@ -42,6 +42,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_
 LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0}
 MODELS = {"qwen3": ("qwen3", {}), "qwen3 tied, one KV head": ("qwen3", {"tie_word_embeddings": True,
                                                                          "num_key_value_heads": 1}),
+          "qwen2": ("qwen2", {}),
           "llama": ("llama", {"rope_parameters": LLAMA3, "shard_bytes": 40_000}),
           "llama linear": ("llama", {"rope_parameters": LINEAR})}
 
@@ -49,8 +50,8 @@ MODELS = {"qwen3": ("qwen3", {}), "qwen3 tied, one KV head": ("qwen3", {"tie_wor
 def gpt_model(path: Path, tp: int = 1) -> tuple[GPTModel, Groups]:
     """Megatron's model as its options say: the flags of `megatron_arguments` by hand."""
     spec = check_backbone(path)
-    flags = dict((line.removeprefix("--").split(" ", 1) + [True])[:2] for line in megatron_arguments(
-        spec, torch.float32, load_hf_config(path).max_position_embeddings))
+    lines = megatron_arguments(path, spec, torch.float32)
+    flags = dict((line.removeprefix("--").split(" ", 1) + [True])[:2] for line in lines)
     groups = Groups.create(Layout(tp=tp), Placement.build(("a",), 1))
     config = TransformerConfig(
         num_layers=int(flags["num-layers"]), hidden_size=int(flags["hidden-size"]),
@@ -178,7 +179,8 @@ def test_what_gpt_model_cannot_be_is_refused():
                                   ("llama", {"attention_bias": True}, "biases on o_proj"),
                                   ("llama", {}, "rotary scaling .*llama3")):
         with pytest.raises(UserError, match=f"--backbone: family {family} has {what}.*; continue from the H"):
-            check_supported(check_backbone(tiny_model(family, **changes)))
+            path = tiny_model(family, **changes)
+            check_supported(path, check_backbone(path))
 
 
 def test_broken_and_unfitting_checkpoints_are_named(tmp_path):

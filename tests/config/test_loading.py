@@ -71,6 +71,18 @@ def test_frozen_teachers_are_found_beside_the_recipe_or_where_the_command_is_giv
     }
 
 
+def test_what_an_expert_begins_as_is_found_beside_the_recipe_or_where_the_command_is_given(tmp_path, monkeypatch):
+    text = MINIMAL.replace('task="tasks:Text"', 'task="tasks:Text", init_from="../adapter"')
+    config = load_recipe(write(tmp_path, text))
+    assert config.experts["text"].init_from == str(tmp_path.parent / "adapter")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert apply_overrides(config, ["seed=3"]).experts["text"].init_from == str(tmp_path.parent / "adapter")
+    changed = apply_overrides(config, ["experts.text.init_from=there"])
+    assert changed.experts["text"].init_from == str(tmp_path / "here" / "there")
+    assert apply_overrides(config, ["experts.text.init_from=null"]).experts["text"].init_from is None
+
+
 def test_absolute_model_path_stays(tmp_path):
     config = load_recipe(write(tmp_path, MINIMAL.replace('"backbone"', '"/data/backbone"')))
     assert config.model.path == "/data/backbone"

@@ -25,6 +25,8 @@ def run(*experts: str, **sections) -> RunConfig:
     (["evaluation.samples=2"], r"^evaluation\.samples: .*set evaluation\.greedy=false"),
     (["exchange.hub=video"], r"^exchange\.hub: 'video' is no expert; experts are \['image', 'text'\]"),
     (["experts={}"], r"^experts: empty"),
+    (["merge.rule=weighted", 'merge.weights={"text": 1}'],
+     r"^merge\.weights: .*one weight for each of the experts text, image and no other"),
     (['schedule.rl_steps_of={"imgae": 1}'],
      r"^schedule\.rl_steps_of: 'imgae' is no expert; experts are text, image; nearest: image"),
     (["schedule.enter_overlap=0.9", "schedule.leave_overlap=0.8"],
@@ -48,6 +50,7 @@ def test_sections_that_do_not_fit(overrides, message):
     ["schedule.rl_steps=0"], ["schedule.opd_steps=0"],
     ['schedule.rl_steps_of={"image": 0}'], ["schedule.enter_overlap=0.8", "schedule.leave_overlap=0.8"],
     ["schedule.rl_length=[2,2]"], ['exchange.frozen_teachers={"old": "/a"}'],
+    ["merge.rule=weighted", 'merge.weights={"text": 1, "image": -0.5}'], ["merge.rule=concat"],
     ["evaluation.samples=2", "evaluation.greedy=false"], ["exchange.hub=image"]])
 def test_their_neighbours_fit(overrides):
     apply_overrides(run(), overrides)
