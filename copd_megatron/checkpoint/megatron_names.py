@@ -34,6 +34,14 @@ KNOWN = frozenset({*NORMS, *(f"self_attention.{linear}.{kind}" for linear in ("l
 """Parameters of a layer that GPTModel's dense layers have too, laid out in the same way."""
 
 
+STATEFUL = ("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention",
+            "self_attention.q_layernorm", "self_attention.k_layernorm", "mlp.linear_fc1", "mlp.linear_fc2")
+"""Modules of a layer that ask for an ``_extra_state`` object: linears in the local spec, with Transformer Engine (FP8
+scales) the others too. Empty ones satisfy a strict load."""
+
+FINAL_NORM = "decoder.final_layernorm"
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """One tensor of the checkpoint, or one layer of it, made of slices of Hugging Face tensors."""
@@ -71,7 +79,7 @@ def slots(spec: BackboneSpec) -> list[Slot]:
     shapes = expected_shapes(spec)
     prefix = TEXT_PREFIX[spec.family]
     tables = {"embedding.word_embeddings.weight": f"{prefix}embed_tokens.weight",
-              "decoder.final_layernorm.weight": f"{prefix}norm.weight"}
+              f"{FINAL_NORM}.weight": f"{prefix}norm.weight"}
     if not spec.tied_head:
         tables["output_layer.weight"] = HEAD_NAME
     found = [Slot(key, None, shapes[name], [Piece(name)]) for key, name in tables.items()]

@@ -24,7 +24,10 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from copd_megatron.checkpoint.megatron_names import (
     ARGUMENTS,
+    FINAL_NORM,
+    LAYER,
     RELEASE,
+    STATEFUL,
     TRACKER,
     Slot,
     check_supported,
@@ -38,15 +41,18 @@ from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.translate import expected_shapes
 from copd_megatron.types import UserError
 
+Data = Mapping[MetadataIndex, Callable[[], Tensor | io.BytesIO]]
+"""What is written, made when it is written."""
+
 
 class _Planner(DefaultSavePlanner):
     """Reads a tensor when it is written."""
 
-    def __init__(self, data: Mapping[MetadataIndex, Callable[[], Tensor]]):
+    def __init__(self, data: Data):
         super().__init__(flatten_state_dict=False)
         self._data = data
 
-    def resolve_data(self, write_item: WriteItem) -> Tensor:
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         return self._data[write_item.index]()
 
 
@@ -70,7 +76,7 @@ def to_megatron(backbone: Path, spec: BackboneSpec, folder: Path, dtype: torch.d
             item = _write_item(slot, spec.num_layers, kind)
             items.append(item)
             data[item.index] = lambda slot=slot: _assembled(slot, backbone, kind, advance)
-        _write(state, items, data)
+        _write(state, items, data, _objects(spec.num_layers))
         save_config(CheckpointingConfig("torch_dist"), str(state))
         (partial / ARGUMENTS).write_text("\n".join(megatron_arguments(backbone, spec, kind)) + "\n")
         # Last, as Megatron-LM looks for it first.
@@ -102,18 +108,25 @@ def _assembled(slot: Slot, backbone: Path, dtype: torch.dtype, advance: Callable
     return tensor if slot.layer is None else tensor[None]
 
 
-def _write(folder: Path, items: Sequence[WriteItem], data: Mapping[MetadataIndex, Callable[[], Tensor]]) -> None:
-    # dist_checkpointing.load insists on an object of this name.
-    nothing = MetadataIndex(ShardedObject("common_state", {}, (1,), (0,)).unique_key)
-    planner = _Planner({**data, nothing: lambda: _saved([{}])})
-    planner.set_up_planner({}, is_coordinator=True)
-    # A file for each tensor: torch's writer keeps what goes into one file in memory.
-    writer = FileSystemWriter(folder, single_file_per_rank=False)
-    plan = SavePlan([*items, WriteItem(nothing, WriteItemType.BYTE_IO)])
-    [plan], metadata = planner.create_global_plan([plan])
-    [plan] = writer.prepare_global_plan([writer.prepare_local_plan(plan)])
+def _objects(layers: int) -> dict[MetadataIndex, Callable[[], io.BytesIO]]:
+    """What is no tensor: the common state, which dist_checkpointing.load insists on, and empty states of modules."""
+    empty = [ShardedObject(f"{LAYER}{module}._extra_state", None, (layers,), (layer,)) for module in STATEFUL
+             for layer in range(layers)]
+    empty += [ShardedObject(key, value, (1,), (0,)) for key, value in ((f"{FINAL_NORM}._extra_state", None),
+                                                                       ("common_state", {}))]
+    return {MetadataIndex(found.unique_key): lambda data=found.data: _saved([data]) for found in empty}
+
+
+def _write(folder: Path, tensors: Sequence[WriteItem], data: Data, objects: Data) -> None:
+    planner = _Planner({**data, **objects})
+    plans, metadata = planner.create_global_plan(
+        [SavePlan(list(tensors)), SavePlan([WriteItem(index, WriteItemType.BYTE_IO) for index in objects])])
+    # A file for each tensor: torch's writer keeps all tensors of a file in memory.
+    writers = FileSystemWriter(folder, single_file_per_rank=False), FileSystemWriter(folder)
+    plans = writers[0].prepare_global_plan(plans)
     try:
-        writer.finish(metadata, [writer.write_data(planner.finish_plan(plan), planner).wait()])
+        results = [writer.write_data(planner.finish_plan(plan), planner).wait() for writer, plan in zip(writers, plans)]
+        writers[0].finish(metadata, results)
     except RuntimeError as error:  # torch.save may turn the system's error into one
         raise OSError(str(error)) from error
 
