@@ -5,6 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup_env.sh
 
+# Without kept byte code every interpreter that a test starts would compile torch and transformers again.
+unset PYTHONDONTWRITEBYTECODE
 # Tests fork several ranks on few cores, and nothing may reach for the network.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 workers=$(nproc 2>/dev/null || echo 1)
