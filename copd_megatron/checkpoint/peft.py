@@ -52,10 +52,10 @@ def full_factors(bank: AdapterBank, policy: str) -> dict[str, Tensor]:
     groups, own = bank.groups, {}
     for name, parameter in bank.parameters_of(policy).items():
         data = parameter.detach()
-        if parameter.tp_dim is not None and groups.layout.tp > 1:
+        if parameter.cut is not None and groups.layout.tp > 1:
             shards = [torch.empty_like(data) for _ in range(groups.layout.tp)]
             dist.all_gather(shards, data, group=groups.tp)
-            data = torch.cat(shards, parameter.tp_dim)
+            data = torch.cat(shards[::parameter.cut.copies], parameter.cut.dim)
         own[name] = data.to("cpu", copy=True)  # the policy trains on
     if groups.coords.tp > 0:
         return {}

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from copd_megatron.model.adapter_bank import AdapterBank
+from copd_megatron.model.adapter_bank import AdapterBank, Cut
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -152,7 +152,7 @@ def _shards(bank: AdapterBank, optimizers: Mapping[str, Optimizer], updates: Map
                 moments = state.get(name) or {moment: torch.zeros_like(parameter) for moment in MOMENTS}
                 tensors |= {f"optimizer/{expert}/{name}/{moment}": moments[moment] for moment in MOMENTS}
             for key, tensor in tensors.items():
-                shards[key] = _shard(bank, expert, key, tensor, parameter.tp_dim)
+                shards[key] = _shard(bank, expert, key, tensor, parameter.cut)
     return shards
 
 
@@ -160,11 +160,11 @@ def _hosted(bank: AdapterBank, updates: Mapping[str, int]) -> list[str]:
     return [expert for expert in bank.groups.hosted if expert in updates]
 
 
-def _shard(bank: AdapterBank, expert: str, key: str, data: Tensor, tp_dim: int | None) -> ShardedTensor:
+def _shard(bank: AdapterBank, expert: str, key: str, data: Tensor, cut: Cut | None) -> ShardedTensor:
     """One tensor of this rank, placed in its full tensor; copies on other ranks have other replica ids."""
     groups = bank.groups
     coords = groups.coords
     host = groups.placement.replicas_of(expert).index(coords.replica)
-    place = () if tp_dim is None else ((tp_dim, coords.tp, groups.layout.tp),)
-    copy = (host, coords.cp, coords.tp if tp_dim is None else 0)
+    place = () if cut is None else ((cut.dim, cut.of_rank(coords.tp), cut.pieces),)
+    copy = (host, coords.cp, coords.tp if cut is None else coords.tp % cut.copies)
     return ShardedTensor.from_rank_offsets(key, data.detach(), *place, replica_id=copy)

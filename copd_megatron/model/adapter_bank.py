@@ -63,11 +63,29 @@ def projection_shape(spec: BackboneSpec, projection: str) -> tuple[int, int]:
             "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}[projection]
 
 
-def shard_dim(projection: str, factor: str) -> int | None:
-    """Dim of A or B that tensor parallelism cuts; None when every rank holds it whole."""
-    if projection in ROW_PARALLEL:
-        return 1 if factor == "lora_A" else None
-    return 0 if factor == "lora_B" else None
+@dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism cuts a factor: into ``pieces`` along ``dim``, each on ``copies`` ranks in a row.
+
+    Copies: B of k and v has as many pieces as there are key/value heads, if there are fewer than ranks. Each rank's
+    gradient of a copy is a part, from its own query heads; the optimizer sums them.
+    """
+
+    dim: int
+    pieces: int
+    copies: int = 1
+
+    def of_rank(self, tp_rank: int) -> int:
+        """Which piece a rank holds."""
+        return tp_rank // self.copies
+
+
+def cut_of(spec: BackboneSpec, tp: int, projection: str, factor: str) -> Cut | None:
+    """How A or B is cut; None when every rank holds it whole."""
+    if (factor == "lora_A") != (projection in ROW_PARALLEL):
+        return None
+    pieces = min(tp, spec.num_kv_heads) if projection in ("k_proj", "v_proj") else tp
+    return Cut(1 if factor == "lora_A" else 0, pieces, tp // pieces)
 
 
 def factor_shape(spec: BackboneSpec, name: str, rank: int) -> tuple[int, int]:
@@ -127,8 +145,7 @@ class AdapterBank(nn.Module):
         slot = _Slot(scaling=scaling)
         for key, value in factors.items():
             parameter = nn.Parameter(value.detach().clone().to(self.device, self.dtype), requires_grad=trainable)
-            projection, factor = key.rsplit(".", 2)[1:]
-            parameter.tp_dim = shard_dim(projection, factor)
+            parameter.cut = self._cut(key)
             slot.parameters[key] = parameter
             self.register_parameter(_parameter_key(name, key), parameter)
         self.slots[name] = slot
@@ -164,10 +181,11 @@ class AdapterBank(nn.Module):
 
     def shard(self, name: str, full: Tensor) -> Tensor:
         """This rank's slice of a full factor."""
-        projection, factor = name.rsplit(".", 2)[1:]
-        dim = shard_dim(projection, factor)
-        tp, rank = self.groups.layout.tp, self.groups.coords.tp
-        return full if dim is None else full.chunk(tp, dim)[rank]
+        cut = self._cut(name)
+        return full if cut is None else full.chunk(cut.pieces, cut.dim)[cut.of_rank(self.groups.coords.tp)]
+
+    def _cut(self, name: str) -> Cut | None:
+        return cut_of(self.spec, self.groups.layout.tp, *name.rsplit(".", 2)[1:])
 
     def full_shape(self, name: str, rank: int) -> tuple[int, int]:
         """Shape of the unsharded factor of a policy with LoRA rank ``rank``."""
@@ -176,9 +194,9 @@ class AdapterBank(nn.Module):
     def local_shape(self, name: str, rank: int) -> tuple[int, int]:
         """Shape of this rank's shard of the factor."""
         shape = list(self.full_shape(name, rank))
-        dim = shard_dim(*name.rsplit(".", 2)[1:])
-        if dim is not None:
-            shape[dim] //= self.groups.layout.tp
+        cut = self._cut(name)
+        if cut is not None:
+            shape[cut.dim] //= cut.pieces
         return shape[0], shape[1]
 
     @torch.no_grad()

@@ -27,7 +27,6 @@ from copd_megatron.model.attention import PackCoreAttention
 from copd_megatron.model.fp8 import hold_in_fp8
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.parallel.groups import Groups
-from copd_megatron.types import UserError
 
 
 class RMSNorm(nn.Module):
@@ -60,7 +59,9 @@ class SwiGluMLP(MLP):
 
     def forward(self, hidden_states, per_token_scale=None, **_):
         """[T, 1, H] and no bias, from [T, 1, H]."""
-        inner, _ = self.linear_fc1(hidden_states)
+        inner, bias = self.linear_fc1(hidden_states)
+        if bias is not None:
+            inner = inner + bias
         return self.linear_fc2(_again(_swiglu, inner) if self.recompute else _swiglu(inner))
 
 
@@ -74,15 +75,19 @@ def _again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
 
+def _with_bias(linear: type[nn.Module], bias: bool) -> Callable[..., nn.Module]:
+    """Builds the linear with or without bias; Megatron's configuration has one switch for all of them."""
+    return lambda *args, **kwargs: linear(*args, **kwargs | {"bias": bias})
+
+
 def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -> TransformerConfig:
     """Megatron's configuration of the backbone's layers under this layout."""
-    if spec.o_bias or spec.mlp_bias:
-        raise UserError("model.path: the backbone has biases on o_proj or in its MLP; supported are biases on "
-                        "q, k, v only; use a backbone without them")
     layout = groups.layout
     return TransformerConfig(
         num_layers=spec.num_layers, hidden_size=spec.hidden_size, ffn_hidden_size=spec.ffn_hidden_size,
-        num_attention_heads=spec.num_heads, num_query_groups=spec.num_kv_heads, kv_channels=spec.head_dim,
+        # With fewer key/value heads than ranks Megatron would gather q, k, v of all ranks in every layer; to it,
+        # copies of a head are heads of their own.
+        num_attention_heads=spec.num_heads, num_query_groups=spec.kv_groups(layout.tp), kv_channels=spec.head_dim,
         normalization="RMSNorm", layernorm_epsilon=spec.norm_eps, qk_layernorm=spec.qk_norm,
         gated_linear_unit=True, activation_func=F.silu, add_bias_linear=False, add_qkv_bias=spec.qkv_bias,
         hidden_dropout=0.0, attention_dropout=0.0,
@@ -114,11 +119,12 @@ def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, b
             module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=AdapterQKVLinear, core_attention=PackCoreAttention,
-                linear_proj=AdapterRowLinear, q_layernorm=norm, k_layernorm=norm)),
+                linear_proj=_with_bias(AdapterRowLinear, spec.o_bias), q_layernorm=norm, k_layernorm=norm)),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
         mlp=partial(SwiGluMLP.as_mlp_submodule,
-                    submodules=MLPSubmodules(linear_fc1=AdapterGateUpLinear, linear_fc2=AdapterRowLinear)),
+                    submodules=MLPSubmodules(linear_fc1=_with_bias(AdapterGateUpLinear, spec.mlp_bias),
+                                             linear_fc2=_with_bias(AdapterRowLinear, spec.mlp_bias))),
         mlp_bda=get_bias_dropout_add)
     layer = TransformerLayer(config, submodules, layer_number=index + 1, pg_collection=groups.pg_collection,
                              add_layer_offset=False)
@@ -134,5 +140,5 @@ def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, b
         linear.attach(parts, bank.routing, bank.lora_of(index, name), kernels)
         if fp8 == "frozen_rowwise":
             hold_in_fp8(linear, f"{name} of layer {index}")
-    attention.linear_qkv.attach_heads(spec.num_heads // tp, spec.num_kv_heads // tp, spec.head_dim)
+    attention.linear_qkv.attach_heads(spec.num_heads // tp, spec.kv_groups(tp) // tp, spec.head_dim)
     return layer.requires_grad_(False)

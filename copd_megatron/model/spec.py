@@ -86,6 +86,11 @@ class BackboneSpec:
         """The smallest multiple of ``tp`` that holds the vocabulary."""
         return -(-self.vocab_size // tp) * tp
 
+    def kv_groups(self, tp: int) -> int:
+        """Groups of query heads that share a key/value head on one rank, over all ``tp`` ranks: with fewer heads than
+        ranks, each head is on several ranks, which share out its queries."""
+        return max(self.num_kv_heads, tp)
+
     def check_moe(self, ep: int, etp: int) -> None:
         """Raise UserError if MoE experts are to be cut up: no supported family has any."""
         if ep * etp > 1:
@@ -93,17 +98,18 @@ class BackboneSpec:
                             "MoE layers that they could cut; 1 and 1 are allowed; leave them out")
 
     def check_parallel(self, tp: int, pp: int) -> None:
-        """Raise UserError unless ``tp`` divides heads and feed-forward and ``pp`` leaves no stage empty."""
-        for what, size in (
-            ("query heads", self.num_heads),
-            ("key/value heads", self.num_kv_heads),
-            ("feed-forward rows", self.ffn_hidden_size),
+        """Raise UserError unless ``tp`` divides query heads and feed-forward, fits the key/value heads (divides them
+        or is a multiple), and ``pp`` leaves no stage empty."""
+        for what, left in (
+            (f"{self.num_heads} query heads", self.num_heads % tp),
+            (f"{self.num_kv_heads} key/value heads", self.kv_groups(tp) % min(self.num_kv_heads, tp)),
+            (f"{self.ffn_hidden_size} feed-forward rows", self.ffn_hidden_size % tp),
         ):
-            if size % tp:
+            if left:
                 raise UserError(
-                    f"parallel.tensor: {tp} does not divide the backbone's {size} {what}; allowed are "
-                    f"common divisors of {self.num_heads} query heads, {self.num_kv_heads} key/value heads "
-                    f"and {self.ffn_hidden_size} feed-forward rows; choose one of them")
+                    f"parallel.tensor: {tp} does not fit the backbone's {what}; allowed are common divisors of "
+                    f"{self.num_heads} query heads and {self.ffn_hidden_size} feed-forward rows that divide "
+                    f"{self.num_kv_heads} key/value heads or are a multiple of them; choose one of them")
         if not 1 <= pp <= self.num_layers:
             raise UserError(
                 f"parallel.pipeline: {pp} stages for the backbone's {self.num_layers} layers; allowed is "

@@ -5,7 +5,8 @@ and
 tensor-parallel shards (TP) are nothing but the choice of these slices:
 
 * ``linear_qkv``: for each key/value group of the rank [its query heads | its key head | its value head];
-  groups are split over TP in contiguous blocks.
+  groups are split over TP in contiguous blocks. With fewer key/value heads than ranks each head is on several
+  ranks, and its query heads are shared out among them.
 * ``linear_fc1``: [this rank's rows of gate | the same rows of up].
 * ``linear_proj``, ``linear_fc2``: this rank's columns; their biases are whole on every rank.
 * embedding and head: this rank's rows of the vocabulary padded with zeros to a multiple of TP.
@@ -163,11 +164,13 @@ def _shard(size: int, tp_rank: int, tp: int) -> slice:
 
 def _qkv_pieces(spec: BackboneSpec, prefix: str, kind: str, tp_rank: int, tp: int) -> Iterator[Piece]:
     """[query heads of the group | key head | value head] for each key/value group of this rank."""
-    queries = spec.num_heads // spec.num_kv_heads * spec.head_dim
-    groups = _shard(spec.num_kv_heads, tp_rank, tp)
+    total = spec.kv_groups(tp)
+    queries = spec.num_heads // total * spec.head_dim
+    groups = _shard(total, tp_rank, tp)
     for group in range(groups.start, groups.stop):
-        for name, size in (("q", queries), ("k", spec.head_dim), ("v", spec.head_dim)):
-            yield Piece(f"{prefix}self_attn.{name}_proj.{kind}", slice(group * size, (group + 1) * size))
+        head = group * spec.num_kv_heads // total
+        for name, number, size in (("q", group, queries), ("k", head, spec.head_dim), ("v", head, spec.head_dim)):
+            yield Piece(f"{prefix}self_attn.{name}_proj.{kind}", slice(number * size, (number + 1) * size))
 
 
 def load_backbone_weights(backbone: Backbone, path: str | Path) -> None:

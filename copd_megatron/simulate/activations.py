@@ -62,7 +62,7 @@ class Width:
         spec, tp = job.spec, layout.tp
         item = DTYPES[job.model.dtype].itemsize
         wide = max(4, item)
-        heads, kv_heads = spec.num_heads // tp, spec.num_kv_heads // tp
+        heads, kv_heads = spec.num_heads // tp, spec.kv_groups(tp) // tp
         return cls(spec.hidden_size, heads * spec.head_dim, kv_heads * spec.head_dim, spec.ffn_hidden_size // tp,
                    spec.head_dim, heads, kv_heads, spec.padded_vocab_size(tp) // tp, item, wide, wide,
                    tp if layout.sequence_parallel else 1, layout.cp)

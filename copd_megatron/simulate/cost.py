@@ -154,7 +154,8 @@ def _pipeline_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops, b
         busy += 2 * forwards * layers * (sent / hardware.bandwidth(near) + batches * hardware.latency_s(near))
     if layout.cp > 1:
         near = layout.tp * layout.cp <= hardware.ranks_per_node
-        kv = 2 * job.spec.num_kv_heads * job.spec.head_dim // layout.tp * item * rows / layout.cp * (layout.cp - 1)
+        heads = job.spec.kv_groups(layout.tp) // layout.tp
+        kv = 2 * heads * job.spec.head_dim * item * rows / layout.cp * (layout.cp - 1)
         busy += forwards * layers * (kv / hardware.bandwidth(near) + batches * hardware.latency_s(near))
     if layout.pp > 1:
         near = layout.world_size <= hardware.ranks_per_node
@@ -169,7 +170,7 @@ def _rollout_time(job: Job, layout: Layout, hardware: Hardware, groups: list[Gro
     waves = max(1, -(-int(lanes) // job.rollout.decode_lanes))
     weights = sum(sum(v for part, v in backbone_bytes(spec, layout, stage, job.model.dtype, job.model.fp8).items()
                       if part != "embedding" or spec.tied_head) for stage in range(layout.pp))
-    kv_row = 2 * spec.num_kv_heads * spec.head_dim * spec.num_layers * item / layout.tp
+    kv_row = 2 * spec.kv_groups(layout.tp) // layout.tp * spec.head_dim * spec.num_layers * item
     prefixes = sum(group.count * job.prompts[group.domain].tokens for group in groups) / layout.cp
     kv = (prefixes + lanes * job.completion_tokens / 2) * kv_row / waves
     steps = waves * job.completion_tokens

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from copd_megatron.config.trainer import OptimizerConfig
-from copd_megatron.model.adapter_bank import AdapterBank
+from copd_megatron.model.adapter_bank import AdapterBank, Cut
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
 
@@ -60,21 +60,28 @@ class ExpertOptimizer:
         """Sum over the expert's replicas and over the ranks that share out the rows, in flat messages.
 
         Context ranks saw rows of their own, and so did TP ranks under sequence parallelism: there the factors that
-        each of them holds whole are summed too (split ones saw all rows).
+        each of them holds whole are summed too (split ones saw all rows). Ranks with a copy of the same key/value
+        head saw query heads of their own.
         """
         _sum_flat(grads, self.groups.adapter[self.expert])
         _sum_flat(grads, self.groups.cp)
         if self.groups.layout.sequence_parallel:
-            _sum_flat([g for p, g in zip(self.parameters.values(), grads) if p.tp_dim is None], self.groups.tp)
+            _sum_flat([g for p, g in zip(self.parameters.values(), grads) if p.cut is None], self.groups.tp)
+        copied: dict[Cut, list[Tensor]] = {}
+        for parameter, grad in zip(self.parameters.values(), grads):
+            if parameter.cut is not None and parameter.cut.copies > 1:
+                copied.setdefault(parameter.cut, []).append(grad)
+        for cut, parts in copied.items():
+            _sum_copies(parts, cut, self.groups.coords.tp, self.groups.tp)
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:
-        """Norm over the whole expert of one tensor per parameter: split factors summed over TP, replicated ones
-        counted once, all summed over PP."""
+        """Norm over the whole expert of one tensor per parameter: split factors summed over TP, replicated ones and
+        copies counted once, all summed over PP."""
         split, whole = torch.zeros(2, dtype=self.dtype, device=device())
         for parameter, tensor in zip(self.parameters.values(), tensors):
-            if parameter.tp_dim is None:
+            if parameter.cut is None:
                 whole = whole + tensor.pow(2).sum()
-            else:
+            elif self.groups.coords.tp % parameter.cut.copies == 0:
                 split = split + tensor.pow(2).sum()
         if self.groups.layout.tp > 1:
             dist.all_reduce(split, group=self.groups.tp)
@@ -103,3 +110,13 @@ def _sum_flat(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     dist.all_reduce(flat, group=group)
     for tensor, piece in zip(tensors, flat.split([t.numel() for t in tensors])):
         tensor.copy_(piece.view_as(tensor))
+
+
+def _sum_copies(tensors: list[Tensor], cut: Cut, tp_rank: int, group: dist.ProcessGroup) -> None:
+    """Sum each piece over the ranks that hold a copy of it, in place and in one message of all pieces."""
+    own = torch.cat([t.reshape(-1) for t in tensors])
+    pieces = own.new_zeros(cut.pieces, len(own))
+    pieces[cut.of_rank(tp_rank)] = own
+    dist.all_reduce(pieces, group=group)
+    for tensor, summed in zip(tensors, pieces[cut.of_rank(tp_rank)].split([t.numel() for t in tensors])):
+        tensor.copy_(summed.view_as(tensor))

@@ -50,8 +50,9 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family,shard_bytes,changes", [
-    ("qwen3", None, {}), ("qwen3_vl", None, {}), ("llama", 40_000, {}), ("qwen2", None, {}), ("qwen2_5_vl", None, {}),
-    ("qwen3_vl", 60_000, {"tie_word_embeddings": False})], ids=lambda value: str(value))
+    ("qwen3", None, {}), ("qwen3_vl", None, {}), ("llama", 40_000, {}), ("qwen2", None, {}),
+    ("qwen3_vl", 60_000, {"tie_word_embeddings": False}), ("qwen2_5_vl", 60_000, {"num_key_value_heads": 1})],
+    ids=lambda value: str(value))
 def test_transformers_computes_our_logprobs(one_rank, tmp_path, family, shard_bytes, changes):
     """On text and, for the visual family, on images and video; the merge is that of two experts."""
     path = tiny_model(family, shard_bytes=shard_bytes, **changes)

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -81,7 +82,8 @@ def _export(bank: AdapterBank, family: str, policy: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("family,scope,first_layer", [
     ("qwen3", "sequence", 0), ("qwen3", "sequence", 2), ("qwen3", "completion", 0), ("qwen3", "completion", 2),
-    ("qwen3_vl", "sequence", 1), ("qwen3_vl", "completion", 0)])
+    ("qwen3_vl", "sequence", 1), ("qwen3_vl", "completion", 0), ("qwen2_5_vl", "sequence", 0),
+    ("qwen2_5_vl", "completion", 1), ("qwen2", "sequence", 1)])
 def test_the_peft_library_computes_our_logprobs(one_rank, tmp_path, family, scope, first_layer):
     groups, adapter = one_rank(*EXPERTS), _adapter(scope, first_layer)
     bank, prompts = _bank(groups, family, adapter), _prompts(family)
@@ -108,10 +110,10 @@ def test_activated_lora_leaves_the_prompt_alone(one_rank, tmp_path):
     assert (activated - everywhere).abs().max() > 0.1
 
 
-def _export_on_rank(layout: tuple[int, int, int], run_dir: Path, scope: str) -> None:
+def _export_on_rank(layout: tuple[int, int, int], run_dir: Path, scope: str, kv_heads: int) -> None:
     tp, pp, replicas = layout
     groups = Groups.create(Layout(tp=tp, pp=pp, replicas=replicas), Placement.build(EXPERTS, replicas))
-    bank = make_bank(groups, _encoder("qwen3").spec, _adapter(scope, 1))
+    bank = make_bank(groups, replace(_encoder("qwen3").spec, num_kv_heads=kv_heads), _adapter(scope, 1))
     for expert in set(EXPERTS) - set(groups.hosted):
         put_random(bank, expert, trainable=False)
     bank.put_combination("merged", MERGED)
@@ -124,18 +126,18 @@ def _export_on_rank(layout: tuple[int, int, int], run_dir: Path, scope: str) -> 
         assert bank.scaling_of("again") == bank.scaling_of(policy)
         assert again.keys() == before.keys()
         assert all(torch.equal(again[name], before[name]) and not again[name].requires_grad for name in before)
-        assert all(again[name].tp_dim == before[name].tp_dim for name in before)
+        assert all(again[name].cut == before[name].cut for name in before)
 
 
-@pytest.mark.parametrize("scope", ["sequence", "completion"])
-def test_exports_of_all_layouts_are_one(tmp_path, scope):
+@pytest.mark.parametrize(("scope", "kv_heads"), [("sequence", 2), ("completion", 1)])
+def test_exports_of_all_layouts_are_one(tmp_path, scope, kv_heads):
     """Byte for byte; and on each layout, loading an export gives back the shards it was made from."""
     _encoder("qwen3")  # once, before the ranks are forked
     layouts = {"one": (1, 1, 1), "tp": (2, 1, 1)}
     if scope == "sequence":
         layouts |= {"pp": (1, 2, 1), "both": (2, 2, 1), "replicas": (1, 1, 2)}
     for name, layout in layouts.items():
-        run_ranks(layout[0] * layout[1] * layout[2], _export_on_rank, layout, tmp_path / name, scope)
+        run_ranks(layout[0] * layout[1] * layout[2], _export_on_rank, layout, tmp_path / name, scope, kv_heads)
         for policy in ("b", "merged"):
             for file in (WEIGHTS, CONFIG):
                 assert (tmp_path / name / policy / file).read_bytes() == (tmp_path / "one" / policy / file).read_bytes()

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,13 +209,25 @@ def test_unset_and_harmless_options_pass(tmp_path):
 
 
 @pytest.mark.parametrize("tp,pp,named", [
-    (3, 1, "3 does not divide"), (4, 1, "key/value heads"), (1, 5, "5 stages")])
+    (3, 1, "3 does not fit the backbone's 4 query heads"), (8, 1, "query heads"), (1, 5, "5 stages")])
 def test_layouts_that_do_not_fit(tp, pp, named):
     spec = read_spec(tiny_model("qwen3"))
     with pytest.raises(UserError, match=r"^parallel\.(tensor|pipeline): ") as caught:
         spec.check_parallel(tp, pp)
     assert named in str(caught.value)
     spec.check_parallel(2, 4)
+    spec.check_parallel(4, 1)
+
+
+def test_key_value_heads_are_copied_where_there_are_fewer_than_ranks():
+    """Ranks must hold whole heads or copies of one: 3 heads fit 1, 3 and 6 ranks, not 2 or 4."""
+    spec = replace(read_spec(tiny_model("qwen3")), num_heads=12, num_kv_heads=3)
+    assert [spec.kv_groups(tp) // tp for tp in (1, 3, 6)] == [3, 1, 1]
+    for tp in (1, 3, 6):
+        spec.check_parallel(tp, 1)
+    for tp in (2, 4):
+        with pytest.raises(UserError, match=f"^parallel.tensor: {tp} does not fit the backbone's 3 key/value heads"):
+            spec.check_parallel(tp, 1)
 
 
 @pytest.mark.parametrize(("ep", "etp"), [(2, 1), (1, 2), (2, 2)])

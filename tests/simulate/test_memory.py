@@ -86,15 +86,15 @@ def real_bytes(path: Path, layout: Layout, placement: Placement, record: dict) -
 
 @pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, replicas=2)], ids=lambda layout: layout.key)
 def test_shards_adapters_optimizer_and_groups_are_the_trainers(layout):
-    families = ("qwen3", "qwen3_vl")
-    paths = {family: tiny_model(family) for family in families}  # made here, so that no rank removes them
+    # Made here, so that no rank removes them.
+    paths = [tiny_model("qwen3"), tiny_model("qwen3_vl"), tiny_model("qwen2_5_vl", num_key_value_heads=1)]
     placement = Placement.build(("a", "b"), layout.replicas)
     record = rank_records(layout, placement)
 
-    def both_families():
-        return [row for path in paths.values() for row in real_bytes(path, layout, placement, record)]
+    def all_families():
+        return [row for path in paths for row in real_bytes(path, layout, placement, record)]
 
-    for rank, rows in enumerate(run_ranks(4, both_families)):
+    for rank, rows in enumerate(run_ranks(4, all_families)):
         for what, planned, real in rows:
             assert planned == real, (rank, what)
 

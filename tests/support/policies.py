@@ -94,20 +94,21 @@ def transformers_logprobs(model: nn.Module, prompts: Sequence[Prompt]) -> Tensor
     for prompt in prompts:
         for completion in COMPLETIONS:
             token_ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion]))[None]
-            logits = model(input_ids=token_ids, **_media(prompt, token_ids, model.config)).logits[0]
+            logits = model(input_ids=token_ids, **media_arguments(prompt, token_ids, model.config)).logits[0]
             start = len(prompt.token_ids)
             logprobs = logits[start - 1:-1].log_softmax(-1)
             rows.append(logprobs.gather(1, token_ids[0, start:, None])[:, 0])
     return torch.cat(rows)
 
 
-def _media(prompt: Prompt, token_ids: Tensor, config) -> dict[str, Tensor]:
-    """What a Qwen3-VL model wants besides the tokens."""
+def media_arguments(prompt: Prompt, token_ids: Tensor, config) -> dict[str, Tensor]:
+    """What a transformers model of a visual family wants besides the tokens."""
     if prompt.visual is None:
         return {}
     visual = prompt.visual
     arrays = {"pixel_values": visual.image_patches, "image_grid_thw": visual.image_grids,
-              "pixel_values_videos": visual.video_patches, "video_grid_thw": visual.video_grids}
+              "pixel_values_videos": visual.video_patches, "video_grid_thw": visual.video_grids,
+              "second_per_grid_ts": visual.video_seconds}
     kinds = (token_ids == config.image_token_id).int() + 2 * (token_ids == config.video_token_id).int()
     given = {name: torch.from_numpy(array) for name, array in arrays.items() if array is not None}
     return given | {"mm_token_type_ids": kinds}

@@ -30,7 +30,8 @@ ONE, TP2, PP2, TWO_REPLICAS = (1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2)
 
 @functools.cache
 def encoder_of_saves() -> PromptEncoder:
-    return PromptEncoder(tiny_model("qwen3", num_hidden_layers=2))
+    """With one key/value head, of which two tensor-parallel ranks have a copy each."""
+    return PromptEncoder(tiny_model("qwen3", num_hidden_layers=2, num_key_value_heads=1))
 
 
 def groups_of(layout: tuple[int, int, int], experts=EXPERTS) -> Groups:
