@@ -139,7 +139,8 @@ def _media(prompt: Prompt, token_ids: Tensor, model: nn.Module) -> dict[str, Ten
         return {}
     config, visual = model.config, prompt.visual
     given = {"pixel_values": visual.image_patches, "image_grid_thw": visual.image_grids,
-             "pixel_values_videos": visual.video_patches, "video_grid_thw": visual.video_grids}
+             "pixel_values_videos": visual.video_patches, "video_grid_thw": visual.video_grids,
+             "second_per_grid_ts": visual.video_seconds}
     kinds = (token_ids == config.image_token_id).int() + 2 * (token_ids == config.video_token_id).int()
     tensors = {name: torch.from_numpy(array).to(device()) for name, array in given.items() if array is not None}
     return tensors | {"mm_token_type_ids": kinds}
