@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.peft import save_peft_adapter
 from copd_megatron.config.parallel import ParallelConfig
 from copd_megatron.model.translate import TEXT_PREFIX
@@ -92,7 +93,7 @@ def old(tmp_path_factory):
         randomise(trainer, scale=0.3, alike=True)
         bank = trainer.runner.backbone.bank
         factors = {name: p.detach().clone() for name, p in bank.parameters_of("text").items()}
-        save_peft_adapter(folder / "old", factors, 2.0, TEXT_PREFIX["qwen3"], Path(config.model.path), None)
+        save_peft_adapter(folder / "old", Adapter(factors, 2.0), TEXT_PREFIX["qwen3"], Path(config.model.path))
     return folder / "old"
 
 
