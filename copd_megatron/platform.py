@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
@@ -28,8 +29,10 @@ FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", 
 """Functions of ``torch`` that take ``device=``; Megatron calls several of them with ``device="cuda"``."""
 
 NOTICES = ("(Transformer Engine and )?Apex (is|are) not installed",
-           "full scope is deprecated. Use empty cuda_graph")
-"""Patterns of the warnings that are not shown; the second one comes with every TransformerConfig."""
+           "full scope is deprecated. Use empty cuda_graph",
+           "Using a large number of experts")
+"""Patterns of the warnings that are not shown; the second one comes with every TransformerConfig, the third advises to
+route in another dtype than the backbone was trained with."""
 
 
 def device() -> torch.device:
@@ -53,6 +56,7 @@ def setup_platform() -> None:
     _send_factories_to_cpu()
     _answer_generator_questions()
     _make_streams_trivial()
+    _take_ragged_messages()
     _name_tensor_types_for_megatron()
     torch.cuda._copd_answers_with_cpu = True
 
@@ -193,6 +197,41 @@ def _make_streams_trivial() -> None:
     torch.cuda.default_stream = lambda device=None: only
     torch.cuda.stream = lambda stream: contextlib.nullcontext(stream)
     torch.Tensor.record_stream = lambda self, stream: None
+
+
+def _take_ragged_messages() -> None:
+    """Megatron's MoE layers exchange pieces of different sizes, as NCCL permits and gloo does not, and leave the sizes
+    in tensors, which they bring to the host from CUDA only."""
+    gather, scatter, exchange = dist.all_gather, dist.reduce_scatter, dist.all_to_all_single
+
+    @functools.wraps(gather)
+    def all_gather(tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False):
+        if async_op or all(piece.shape == tensor_list[0].shape for piece in tensor_list):
+            return gather(tensor_list, tensor, group, async_op)
+        tensor_list[dist.get_rank(group)].copy_(tensor)
+        for source, piece in enumerate(tensor_list):
+            if piece.numel():
+                dist.broadcast(piece, group=group, group_src=source)
+
+    @functools.wraps(scatter)
+    def reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], op: Any = dist.ReduceOp.SUM,
+                       group: Any = None, async_op: bool = False):
+        if async_op or all(piece.shape == input_list[0].shape for piece in input_list):
+            return scatter(output, input_list, op, group, async_op)
+        for target, piece in enumerate(input_list):
+            if piece.numel():
+                total = piece.clone(memory_format=torch.contiguous_format)
+                dist.reduce(total, group=group, group_dst=target, op=op)
+                if target == dist.get_rank(group):
+                    output.copy_(total)
+
+    @functools.wraps(exchange)
+    def all_to_all_single(output: torch.Tensor, input: torch.Tensor, output_split_sizes: Any = None,
+                          input_split_sizes: Any = None, *args: Any, **kwargs: Any):
+        sizes = (s.tolist() if isinstance(s, torch.Tensor) else s for s in (output_split_sizes, input_split_sizes))
+        return exchange(output, input, *sizes, *args, **kwargs)
+
+    dist.all_gather, dist.reduce_scatter, dist.all_to_all_single = all_gather, reduce_scatter, all_to_all_single
 
 
 def _name_tensor_types_for_megatron() -> None:

@@ -28,6 +28,9 @@ class ModelConfig(Section):
     """Operators over the vocabulary (top-k, log-probs, divergences), and all experts' adapters in one launch.
     ``reference`` is plain torch and defines them; ``triton`` is fused, for CUDA; ``auto`` is triton on CUDA and
     reference on a CPU or in float64."""
+    moe_experts: Literal["auto", "reference", "grouped"] = "auto"
+    """How a rank's MoE experts are multiplied. ``reference`` takes one product per MoE expert, ``grouped`` torch's
+    grouped product for all (not in float64); ``auto`` is grouped on CUDA where sizes permit."""
     head_chunk_tokens: int = Field(2048, ge=1)
     """Tokens whose logits exist at one time in losses over the vocabulary."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -44,7 +47,8 @@ class AdapterConfig(Section):
     alpha: float = Field(32.0, gt=0)
     """The update is (alpha / rank) B A x."""
     targets: tuple[Target, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linears that carry an adapter."""
+    """Linears that carry an adapter. ``gate_proj``, ``up_proj`` and ``down_proj`` are those of dense layers: MoE
+    experts and routers stay frozen."""
     scope: Literal["sequence", "completion"] = "sequence"
     """``sequence`` adapts every token (plain LoRA, merges exactly). ``completion`` adapts from the
     invocation tokens on (activated LoRA, arXiv:2504.12397): the prompt is shared by all experts."""

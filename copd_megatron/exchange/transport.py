@@ -70,7 +70,10 @@ def request_bytes(request: ScoreRequest, codec: Codec, layout: Layout) -> int:
 
 def adapter_bytes(bank: AdapterBank) -> int:
     """Of one expert's adapters over all ranks of a replica, the copies of whole factors under TP included."""
-    names = [f"layers.0.{MODULE_OF[p]}.{p}.{factor}" for p in bank.config.targets for factor in ("lora_A", "lora_B")]
-    numbers = sum(rows * cols for rows, cols in (bank.local_shape(name, bank.config.rank) for name in names))
-    layers = max(0, bank.spec.num_layers - bank.config.first_layer)
-    return bank.dtype.itemsize * numbers * layers * bank.groups.layout.tp * bank.groups.layout.cp
+    numbers = 0
+    for target in bank.config.targets:
+        layers = sum(bank.spec.has_linear(i, target) for i in range(bank.config.first_layer, bank.spec.num_layers))
+        for factor in ("lora_A", "lora_B"):
+            rows, cols = bank.local_shape(f"layers.0.{MODULE_OF[target]}.{target}.{factor}", bank.config.rank)
+            numbers += layers * rows * cols
+    return bank.dtype.itemsize * numbers * bank.groups.layout.tp * bank.groups.layout.cp

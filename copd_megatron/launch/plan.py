@@ -83,9 +83,7 @@ def job_of(config: RunConfig, prompt_tokens: int | None = None, completion_token
     if completion > limit:
         raise UserError(f"--completion-tokens: {completion}; at most rollout.max_completion_tokens, {limit}; "
                         "lower it")
-    if config.adapter.first_layer >= spec.num_layers:
-        raise UserError(f"adapter.first_layer: {config.adapter.first_layer}; the backbone has {spec.num_layers} "
-                        f"layers, so allowed is 0 to {spec.num_layers - 1}; lower it")
+    spec.check_adapter(config.adapter)
     if prompt_tokens is None:
         prompts = measured_lengths(config.model.path, config.experts)
     else:
@@ -105,7 +103,7 @@ def make_plan(job: Job, layout: Layout, placement: Placement, hardware: Hardware
     Raises:
         UserError: the backbone cannot be cut this way, or the hardware does not know its dtype.
     """
-    job.spec.check_parallel(layout.tp, layout.pp)
+    job.spec.check_layout(layout)
     times = {phase: step_time(job, layout, placement, hardware, transport, opd=phase == "opd")
              for phase in ("rlvr", *(["opd"] if job.edges else []))}
     return Plan(job, layout, placement, hardware, transport, rank_kinds(job, layout, placement),

@@ -121,7 +121,8 @@ class AdapterBank(nn.Module):
 
     def names(self) -> list[str]:
         """Projections with an adapter on this stage: "layers.3.self_attn.q_proj", in layer order."""
-        return [f"layers.{i}.{MODULE_OF[p]}.{p}" for i in self.layers for p in self.config.targets]
+        return [f"layers.{i}.{MODULE_OF[p]}.{p}" for i in self.layers for p in self.config.targets
+                if self.spec.has_linear(i, p)]
 
     def factor_names(self) -> list[str]:
         """Names of all factors of one policy on this stage, in layer order."""

@@ -29,6 +29,7 @@ from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.attention import KV, StreamAttention
 from copd_megatron.model.layer_spec import RMSNorm, build_layer, transformer_config
+from copd_megatron.model.moe_layer import choose_product
 from copd_megatron.model.rope import rotary_frequencies
 from copd_megatron.model.row_share import RowShare
 from copd_megatron.model.shared_prefix import Pack, PackRules
@@ -66,11 +67,8 @@ class Backbone(nn.Module):
                  checked: bool = False):
         """``checked``: compare hidden states over the tensor-parallel ranks (``parallel.debug_checks``)."""
         super().__init__()
-        spec.check_parallel(groups.layout.tp, groups.layout.pp)
-        spec.check_moe(groups.layout.ep, groups.layout.etp)
-        if adapter.first_layer >= spec.num_layers:
-            raise UserError(f"adapter.first_layer: {adapter.first_layer}; the backbone has {spec.num_layers} "
-                            f"layers, so allowed is 0 to {spec.num_layers - 1}")
+        spec.check_layout(groups.layout)
+        spec.check_adapter(adapter)
         self.spec, self.groups, self.model_config = spec, groups, model
         self.dtype = DTYPES[model.dtype]
         self.config = transformer_config(spec, groups, self.dtype)
@@ -93,8 +91,9 @@ class Backbone(nn.Module):
             self.embedding = VocabParallelEmbedding(padded, spec.hidden_size, init_method=nn.init.zeros_,
                                                     config=self.config, tp_group=groups.tp).requires_grad_(False)
         self.selective = model.recompute == "selective"
+        experts = choose_product(model, spec, groups.layout, self.dtype)
         self.layers = nn.ModuleList(build_layer(spec, self.config, groups, self.bank, i, self.selective, self.kernels,
-                                                model.fp8) for i in self.layer_range)
+                                                model.fp8, experts) for i in self.layer_range)
         if groups.is_last_stage:
             self.final_norm = RMSNorm(self.config, spec.hidden_size, spec.norm_eps).requires_grad_(False)
             if spec.tied_head and groups.is_first_stage:
@@ -185,6 +184,15 @@ class Backbone(nn.Module):
             for part in hidden:
                 assert_same_on_all_ranks(part, self.groups.tp, "parallel.debug_checks: hidden states after "
                                          f"{where} (seen by rank {self.groups.rank}), tensor-parallel group")
+
+    def join(self) -> None:
+        """Take part in one evaluation of this stage on the other ranks that hold its MoE experts, without rows.
+
+        What stands for a call of ``forward`` (of trunks only) or ``forward_step`` without gradient.
+        """
+        for layer in self.layers:
+            if layer.is_moe_layer:
+                layer.mlp.join()
 
     def _embed(self, token_ids: Tensor, shared: bool = False) -> Tensor:
         """[T, 1, H], or with ``shared`` this tensor-parallel rank's piece of it."""

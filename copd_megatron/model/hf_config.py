@@ -12,10 +12,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2Config, Qwen3Config, Qwen3VLConfig
+from transformers import (
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from copd_megatron.model.spec import BackboneSpec, Family, RopeSpec
+from copd_megatron.model.spec import BackboneSpec, Family, MoeSpec, RopeSpec
 from copd_megatron.types import UserError
 
 CONFIG_CLASSES: dict[Family, type[PreTrainedConfig]] = {
@@ -24,6 +33,8 @@ CONFIG_CLASSES: dict[Family, type[PreTrainedConfig]] = {
     "qwen3": Qwen3Config,
     "qwen2": Qwen2Config,
     "llama": LlamaConfig,
+    "qwen3_moe": Qwen3MoeConfig,
+    "qwen3_vl_moe": Qwen3VLMoeConfig,
 }
 """The supported families by ``model_type``."""
 
@@ -33,17 +44,21 @@ ARCHITECTURES: dict[Family, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
 
-_QK_NORM = ("qwen3_vl", "qwen3")
+_QK_NORM = ("qwen3_vl", "qwen3", "qwen3_moe", "qwen3_vl_moe")
 _QKV_BIAS = ("qwen2_5_vl", "qwen2")
 """Families whose q, k and v always have biases; the others follow ``attention_bias``."""
 _MLP_BIAS = ("llama",)
 """Families whose MLP follows ``mlp_bias``; the others have none."""
+_MOE = ("qwen3_moe", "qwen3_vl_moe")
 
 _MROPE: dict[Family, tuple[tuple[int, int, int], bool]] = {
     "qwen3_vl": ((24, 20, 20), True),
     "qwen2_5_vl": ((16, 24, 24), False),
+    "qwen3_vl_moe": ((24, 20, 20), True),
 }
 """Rotary sections when config.json names none, and whether they are interleaved."""
 
@@ -55,6 +70,12 @@ _READ = frozenset({
     "text_config", "vision_config", "image_token_id", "video_token_id", "max_position_embeddings",
 })
 """Options that the spec (or its checks) takes into account."""
+
+_READ_OF_MOE = frozenset({
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "decoder_sparse_step", "mlp_only_layers", "output_router_logits", "router_aux_loss_coef",
+})
+"""Those of families with MoE layers; the last two are of a loss that a frozen router has no use for."""
 
 _NO_EFFECT = frozenset({
     "transformers_version", "dtype", "torch_dtype", "initializer_range", "use_cache", "attention_dropout",
@@ -93,11 +114,11 @@ def read_spec(path: str | Path) -> BackboneSpec:
     if family not in CONFIG_CLASSES:
         raise _refusal(path, f"family (model_type) {family!r}", f"supported are {', '.join(CONFIG_CLASSES)}")
     _check_architecture(path, raw, family)
-    _check_options(path, raw, "")
+    _check_options(path, raw, "", family)
     config = load_hf_config(path)
     text, visual = config.get_text_config(), family in _MROPE
     if visual:
-        _check_options(path, raw.get("text_config") or {}, "text_config.")
+        _check_options(path, raw.get("text_config") or {}, "text_config.", family)
         _check_vision(path, config, raw.get("vision_config") or {})
     head_dim = _head_dim(path, text, family)
     _check_values(path, text)
@@ -121,6 +142,7 @@ def read_spec(path: str | Path) -> BackboneSpec:
         deepstack_layers=len(getattr(config.vision_config, "deepstack_visual_indexes", ())) if visual else 0,
         image_token_id=config.image_token_id if visual else None,
         video_token_id=config.video_token_id if visual else None,
+        moe=_moe_spec(path, text, family),
     )
 
 
@@ -162,10 +184,11 @@ def _check_architecture(path: str | Path, raw: dict[str, Any], family: Family) -
             raise _refusal(path, f"architecture {name!r}", f"{family} must be {ARCHITECTURES[family]}")
 
 
-def _check_options(path: str | Path, raw: dict[str, Any], prefix: str) -> None:
-    """Refuse options outside the two lists; an unset (null) one has no effect."""
+def _check_options(path: str | Path, raw: dict[str, Any], prefix: str, family: Family) -> None:
+    """Refuse options outside the family's lists; an unset (null) one has no effect."""
+    read = _READ | _READ_OF_MOE if family in _MOE else _READ
     for key, value in raw.items():
-        if key in _READ or key in _NO_EFFECT or key.startswith("_") or value is None:
+        if key in read or key in _NO_EFFECT or key.startswith("_") or value is None:
             continue
         raise _refusal(path, f"option {prefix}{key} = {value!r:.60}",
                        "it is unknown and may change the model")
@@ -212,6 +235,26 @@ def _check_vision(path: str | Path, config: PreTrainedConfig, raw: dict[str, Any
     if levels > text.num_hidden_layers:
         raise _refusal(path, f"{levels} deepstack levels",
                        f"at most one for each of the {text.num_hidden_layers} layers")
+
+
+def _moe_spec(path: str | Path, text: PreTrainedConfig, family: Family) -> MoeSpec | None:
+    """Which layers are MoE, and how their routers choose; None if all are dense."""
+    if family not in _MOE:
+        return None
+    if getattr(text, "sliding_window", None) is not None:
+        raise _refusal(path, "use_sliding_window = true", "supported is full attention in every layer")
+    if text.decoder_sparse_step < 1 or not 1 <= text.num_experts_per_tok <= max(1, text.num_experts):
+        raise _refusal(path, f"decoder_sparse_step {text.decoder_sparse_step} with num_experts_per_tok "
+                       f"{text.num_experts_per_tok} of num_experts {text.num_experts}",
+                       "a step is 1 or more, and a token passes 1 to all MoE experts")
+    norm = getattr(text, "norm_topk_prob", True)
+    if family == "qwen3_vl_moe" and not norm:
+        raise _refusal(path, "text_config.norm_topk_prob = false", f"{family} always normalises")
+    layers = tuple(i for i in range(text.num_hidden_layers) if i not in text.mlp_only_layers
+                   and text.num_experts > 0 and (i + 1) % text.decoder_sparse_step == 0)
+    if not layers:
+        return None
+    return MoeSpec(text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size, bool(norm), layers)
 
 
 def _rope_spec(path: str | Path, text: PreTrainedConfig, family: Family, head_dim: int) -> RopeSpec:

@@ -16,6 +16,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +26,7 @@ from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.adapter_linear import AdapterGateUpLinear, AdapterQKVLinear, AdapterRowLinear
 from copd_megatron.model.attention import PackCoreAttention
 from copd_megatron.model.fp8 import hold_in_fp8
+from copd_megatron.model.moe_layer import FrozenExperts, FrozenMoE, FrozenRouter, Product, moe_options
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.parallel.groups import Groups
 
@@ -101,16 +103,19 @@ def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -
         calculate_per_token_loss=True,
         perform_initialization=False, gradient_accumulation_fusion=False,
         bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False,
-        apply_rope_fusion=False, persist_layer_norm=False)
+        apply_rope_fusion=False, persist_layer_norm=False, **moe_options(spec, layout))
 
 
 def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, bank: AdapterBank,
                 index: int, recompute: bool = False, kernels: Backend = "reference",
-                fp8: str = "none") -> TransformerLayer:
+                fp8: str = "none", experts: Product = "reference") -> TransformerLayer:
     """Layer ``index`` (global, 0-based) with its linears connected to the bank.
 
-    ``recompute``: norms and activations are computed again in the backward. ``kernels``: what adds the adapters.
-    ``fp8``: how the linears' weights are kept.
+    Args:
+        recompute: norms and activations are computed again in the backward.
+        kernels: what adds the adapters.
+        fp8: how the linears' weights are kept.
+        experts: what multiplies MoE experts.
     """
     norm = RMSNorm if spec.qk_norm else IdentityOp
     submodules = TransformerLayerSubmodules(
@@ -122,23 +127,33 @@ def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, b
                 linear_proj=_with_bias(AdapterRowLinear, spec.o_bias), q_layernorm=norm, k_layernorm=norm)),
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=RMSNorm,
-        mlp=partial(SwiGluMLP.as_mlp_submodule,
-                    submodules=MLPSubmodules(linear_fc1=_with_bias(AdapterGateUpLinear, spec.mlp_bias),
-                                             linear_fc2=_with_bias(AdapterRowLinear, spec.mlp_bias))),
+        mlp=_moe_builder(spec, bank, experts) if spec.is_moe(index) else partial(
+            SwiGluMLP.as_mlp_submodule,
+            submodules=MLPSubmodules(linear_fc1=_with_bias(AdapterGateUpLinear, spec.mlp_bias),
+                                     linear_fc2=_with_bias(AdapterRowLinear, spec.mlp_bias))),
         mlp_bda=get_bias_dropout_add)
     layer = TransformerLayer(config, submodules, layer_number=index + 1, pg_collection=groups.pg_collection,
                              add_layer_offset=False)
     for module in layer.modules():
-        if isinstance(module, (RMSNorm, SwiGluMLP)):
+        if isinstance(module, (RMSNorm, SwiGluMLP, FrozenExperts)):
             module.recompute = recompute
-    attention, mlp, tp = layer.self_attention, layer.mlp, groups.layout.tp
+    attention, tp = layer.self_attention, groups.layout.tp
     # Megatron computes it from options of YaRN alone; it multiplies rotated queries and keys.
     attention._yarn_concentration_factor = spec.rope.attention_factor
-    for linear, name, parts in (
-            (attention.linear_qkv, "qkv", ("q_proj", "k_proj", "v_proj")), (attention.linear_proj, "proj", ("o_proj",)),
-            (mlp.linear_fc1, "fc1", ("gate_proj", "up_proj")), (mlp.linear_fc2, "fc2", ("down_proj",))):
+    linears = [(attention.linear_qkv, "qkv", ("q_proj", "k_proj", "v_proj")),
+               (attention.linear_proj, "proj", ("o_proj",))]
+    if not spec.is_moe(index):
+        linears += [(layer.mlp.linear_fc1, "fc1", ("gate_proj", "up_proj")),
+                    (layer.mlp.linear_fc2, "fc2", ("down_proj",))]
+    for linear, name, parts in linears:
         linear.attach(parts, bank.routing, bank.lora_of(index, name), kernels)
         if fp8 == "frozen_rowwise":
             hold_in_fp8(linear, f"{name} of layer {index}")
     attention.linear_qkv.attach_heads(spec.num_heads // tp, spec.kv_groups(tp) // tp, spec.head_dim)
     return layer.requires_grad_(False)
+
+
+def _moe_builder(spec: BackboneSpec, bank: AdapterBank, experts: Product) -> Callable[..., FrozenMoE]:
+    """What Megatron calls to make the MLP of a MoE layer."""
+    submodules = MoESubmodules(experts=partial(FrozenExperts, product=experts), router=FrozenRouter)
+    return partial(FrozenMoE, submodules=submodules, routing=bank.routing, norm_topk=spec.moe.norm_topk)

@@ -18,14 +18,25 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoProcessor, AutoTokenizer, PretrainedConfig, Qwen2_5_VLModel, Qwen3VLModel
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    Qwen2_5_VLModel,
+    Qwen3VLModel,
+    Qwen3VLMoeModel,
+)
 from transformers.video_utils import VideoMetadata
 
 from copd_megatron.model.hf_config import load_hf_config, read_json, read_spec
 from copd_megatron.model.spec import Family
 from copd_megatron.types import Media, Prompt, TaskItem, UserError, VisualInputs
 
-_POSITIONS: dict[Family, type[nn.Module]] = {"qwen3_vl": Qwen3VLModel, "qwen2_5_vl": Qwen2_5_VLModel}
+_POSITIONS: dict[Family, type[nn.Module]] = {
+    "qwen3_vl": Qwen3VLModel,
+    "qwen2_5_vl": Qwen2_5_VLModel,
+    "qwen3_vl_moe": Qwen3VLMoeModel,
+}
 """Visual families and the transformers models that number their tokens."""
 
 

@@ -164,8 +164,12 @@ class SafetensorReader:
         """Full shape of tensor ``name``; UserError naming the directory if there is none."""
         return self._entry(name).shape
 
-    def read(self, name: str, rows: slice = slice(None), cols: slice = slice(None)) -> torch.Tensor:
+    def read(self, name: str, rows: slice = slice(None), cols: slice = slice(None),
+             index: int | None = None) -> torch.Tensor:
         """Rows (and, of a matrix, columns) of tensor ``name`` in its stored dtype, on the CPU.
+
+        Args:
+            index: of a stack of matrices, read this one.
 
         Raises UserError naming file and tensor if it is missing, unreadable or not finite.
         """
@@ -174,7 +178,8 @@ class SafetensorReader:
             if entry.file not in self._handles:
                 self._handles[entry.file] = safe_open(entry.file, framework="pt", device="cpu")
             lazy = self._handles[entry.file].get_slice(entry.stored_name)
-            tensor = lazy[rows, cols] if len(entry.shape) > 1 else lazy[rows]
+            cuts = (rows, cols) if index is None else (index, rows, cols)
+            tensor = lazy[cuts[:len(entry.shape)]]
         except (SafetensorError, OSError) as error:
             raise _broken(entry.file, f"tensor {name!r} cannot be read ({error})") from error
         if not bool(torch.isfinite(tensor).all()):

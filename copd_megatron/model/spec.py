@@ -1,17 +1,23 @@
 """The shape of a frozen backbone, independent of the file format it came from.
 
 Every supported family is one stack: token embedding, ``num_layers`` pre-norm blocks (RMSNorm, grouped-query
-attention with rotary positions, RMSNorm, SwiGLU), a final RMSNorm and a head over the vocabulary. What
-differs between families is stated here as data, so that no other module asks for a family's name.
+attention with rotary positions, RMSNorm, SwiGLU or a Mixture of SwiGLU experts), a final RMSNorm and a head
+over the vocabulary. What differs between families is stated here as data, so that no other module asks for a
+family's name.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
+from copd_megatron.config.model import AdapterConfig
+from copd_megatron.parallel.layout import Layout
 from copd_megatron.types import UserError
 
-Family = Literal["qwen3_vl", "qwen2_5_vl", "qwen3", "qwen2", "llama"]
+Family = Literal["qwen3_vl", "qwen2_5_vl", "qwen3", "qwen2", "llama", "qwen3_moe", "qwen3_vl_moe"]
+
+MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""Linears of a dense layer's MLP."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,25 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class MoeSpec:
+    """Layers whose MLP is a Mixture of Experts without token dropping (Shazeer et al. 2017, arXiv:1701.06538).
+
+    A token passes the ``top_k`` MoE experts of which softmax(router logits), in float32 or wider, thinks most.
+
+    Example: ``MoeSpec(experts=128, top_k=8, ffn_hidden_size=768, norm_topk=True, layers=range(48))``.
+    """
+
+    experts: int
+    top_k: int
+    ffn_hidden_size: int
+    """SwiGLU size of each MoE expert."""
+    norm_topk: bool
+    """The weights of the chosen are divided by their sum."""
+    layers: tuple[int, ...]
+    """Global, 0-based, ascending; the others are dense."""
+
+
+@dataclass(frozen=True)
 class BackboneSpec:
     """Everything that the backbone is built from.
 
@@ -57,6 +82,7 @@ class BackboneSpec:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """SwiGLU size of dense layers."""
     num_heads: int
     """Query heads."""
     num_kv_heads: int
@@ -76,6 +102,8 @@ class BackboneSpec:
     """Visual features are added to the output of layers 0 .. n-1; 0 for text-only backbones."""
     image_token_id: int | None = None
     video_token_id: int | None = None
+    moe: MoeSpec | None = None
+    """None: every layer is dense."""
 
     @property
     def is_visual(self) -> bool:
@@ -91,25 +119,64 @@ class BackboneSpec:
         ranks, each head is on several ranks, which share out its queries."""
         return max(self.num_kv_heads, tp)
 
-    def check_moe(self, ep: int, etp: int) -> None:
-        """Raise UserError if MoE experts are to be cut up: no supported family has any."""
-        if ep * etp > 1:
-            raise UserError(f"parallel.moe_expert, parallel.moe_expert_tensor: {ep} x {etp}, but the backbone has no "
-                            "MoE layers that they could cut; 1 and 1 are allowed; leave them out")
+    def is_moe(self, layer: int) -> bool:
+        """Whether the MLP of (global) layer ``layer`` is a Mixture of Experts."""
+        return self.moe is not None and layer in self.moe.layers
+
+    def has_linear(self, layer: int, projection: str) -> bool:
+        """Whether (global) layer ``layer`` has the linear; a MoE layer has none in its MLP that is its own."""
+        return projection not in MLP_PROJECTIONS or not self.is_moe(layer)
+
+    def check_adapter(self, adapter: AdapterConfig) -> None:
+        """Raise UserError unless adapters begin in a layer that exists and every target has a linear there."""
+        first = adapter.first_layer
+        if first >= self.num_layers:
+            raise UserError(f"adapter.first_layer: {first}; the backbone has {self.num_layers} layers, so allowed is "
+                            f"0 to {self.num_layers - 1}; lower it")
+        there = [t for t in adapter.targets if any(self.has_linear(i, t) for i in range(first, self.num_layers))]
+        if len(there) < len(adapter.targets):
+            lost = [t for t in adapter.targets if t not in there]
+            raise UserError(f"adapter.targets: {', '.join(lost)}; from adapter.first_layer={first} on all MLPs of the "
+                            "backbone are Mixtures of Experts, whose moe_experts stay frozen; allowed are linears of "
+                            f"attention; set adapter.targets={','.join(there) or 'q_proj,k_proj,v_proj,o_proj'}")
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raise UserError unless the backbone can be cut this way: heads, feed-forwards, layers, MoE experts."""
+        self.check_parallel(layout.tp, layout.pp)
+        self._check_moe(layout)
+
+    def _check_moe(self, layout: Layout) -> None:
+        ep, etp, moe = layout.ep, layout.etp, self.moe
+        if moe is None:
+            if ep * etp > 1:
+                raise UserError(f"parallel.moe_expert, parallel.moe_expert_tensor: {ep} x {etp}, but the backbone has "
+                                "no MoE layers that they could cut; 1 and 1 are allowed; leave them out")
+            return
+        if moe.experts % ep:
+            raise UserError(f"parallel.moe_expert: {ep} does not divide the backbone's {moe.experts} MoE experts; "
+                            f"allowed are divisors of {moe.experts}; choose one")
+        if moe.ffn_hidden_size % etp:
+            raise UserError(f"parallel.moe_expert_tensor: {etp} does not divide the {moe.ffn_hidden_size} feed-forward "
+                            f"rows of a MoE expert; allowed are divisors of {moe.ffn_hidden_size}; choose one")
+        if layout.tp > 1 and not layout.sequence_parallel:
+            raise UserError(f"parallel.sequence_parallel: false with parallel.tensor={layout.tp} and a backbone with "
+                            "MoE layers, which route every row once; it must be true; set it, or parallel.tensor=1")
 
     def check_parallel(self, tp: int, pp: int) -> None:
-        """Raise UserError unless ``tp`` divides query heads and feed-forward, fits the key/value heads (divides them
-        or is a multiple), and ``pp`` leaves no stage empty."""
+        """Raise UserError unless ``tp`` divides query heads and the feed-forward of dense layers, fits the key/value
+        heads (divides them or is a multiple), and ``pp`` leaves no stage empty."""
+        dense = self.moe is None or len(self.moe.layers) < self.num_layers
         for what, left in (
             (f"{self.num_heads} query heads", self.num_heads % tp),
             (f"{self.num_kv_heads} key/value heads", self.kv_groups(tp) % min(self.num_kv_heads, tp)),
-            (f"{self.ffn_hidden_size} feed-forward rows", self.ffn_hidden_size % tp),
+            (f"{self.ffn_hidden_size} feed-forward rows", self.ffn_hidden_size % tp if dense else 0),
         ):
             if left:
+                rows = f" and {self.ffn_hidden_size} feed-forward rows" if dense else ""
                 raise UserError(
                     f"parallel.tensor: {tp} does not fit the backbone's {what}; allowed are common divisors of "
-                    f"{self.num_heads} query heads and {self.ffn_hidden_size} feed-forward rows that divide "
-                    f"{self.num_kv_heads} key/value heads or are a multiple of them; choose one of them")
+                    f"{self.num_heads} query heads{rows} that divide {self.num_kv_heads} key/value heads or are a "
+                    "multiple of them; choose one of them")
         if not 1 <= pp <= self.num_layers:
             raise UserError(
                 f"parallel.pipeline: {pp} stages for the backbone's {self.num_layers} layers; allowed is "

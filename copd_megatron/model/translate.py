@@ -9,12 +9,12 @@ tensor-parallel shards (TP) are nothing but the choice of these slices:
   ranks, and its query heads are shared out among them.
 * ``linear_fc1``: [this rank's rows of gate | the same rows of up].
 * ``linear_proj``, ``linear_fc2``: this rank's columns; their biases are whole on every rank.
+* MoE layers: see ``moe_weights``.
 * embedding and head: this rank's rows of the vocabulary padded with zeros to a multiple of TP.
 """
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,16 @@ import torch
 
 from copd_megatron.model.fp8 import SCALE, is_fp8, quantised
 from copd_megatron.model.hf_config import read_spec
+from copd_megatron.model.moe_weights import (
+    STORAGES,
+    WHOLE,
+    MoeShard,
+    Storage,
+    find_storage,
+    moe_pieces,
+    moe_shapes,
+)
+from copd_megatron.model.pieces import Piece
 from copd_megatron.model.safetensor_reader import SafetensorReader
 from copd_megatron.model.spec import BackboneSpec, Family
 from copd_megatron.types import UserError
@@ -35,6 +45,8 @@ TEXT_PREFIX: dict[Family, str] = {
     "qwen3": "model.",
     "qwen2": "model.",
     "llama": "model.",
+    "qwen3_moe": "model.",
+    "qwen3_vl_moe": "model.language_model.",
 }
 """What precedes ``embed_tokens``, ``layers`` and ``norm`` in a family's weight names."""
 
@@ -43,23 +55,14 @@ HEAD_NAME = "lm_head.weight"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 """Endings of buffers that old checkpoints carry and that are recomputed."""
 
-_EVERYTHING = slice(None)
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Part of one Hugging Face tensor. Example: rows 0 to 63 of the query projection of layer 0 are
-    ``Piece("model.layers.0.self_attn.q_proj.weight", rows=slice(0, 64))``."""
-
-    name: str
-    rows: slice = _EVERYTHING
-    cols: slice = _EVERYTHING
-
-
-def expected_shapes(spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
+def expected_shapes(spec: BackboneSpec, storage: Storage | None = None) -> dict[str, tuple[int, ...]]:
     """Name and full shape of every text tensor that a checkpoint of this spec must hold.
 
     A tied head is not among them: it may be left out, and if present must equal the embedding.
+
+    Args:
+        storage: of MoE experts; None takes the family's first.
     """
     hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
     q_rows, kv_rows = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
@@ -82,7 +85,11 @@ def expected_shapes(spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
         norms |= {"self_attn.q_norm": spec.head_dim, "self_attn.k_norm": spec.head_dim}
     for index in range(spec.num_layers):
         layer = f"{prefix}layers.{index}."
+        if spec.is_moe(index):
+            shapes |= moe_shapes(spec, f"{layer}mlp.", storage or STORAGES[spec.family][0])
         for name, (rows, cols, bias) in linears.items():
+            if not spec.has_linear(index, name.rsplit(".", 1)[1]):
+                continue
             shapes[f"{layer}{name}.weight"] = (rows, cols)
             if bias:
                 shapes[f"{layer}{name}.bias"] = (rows,)
@@ -95,7 +102,7 @@ def check_tensors(spec: BackboneSpec, reader: SafetensorReader) -> None:
 
     Reads headers only. Vision tensors are the vision tower's business; see ``model.vision``.
     """
-    expected = expected_shapes(spec)
+    expected = expected_shapes(spec, stored_as(spec, reader))
     if spec.tied_head and HEAD_NAME in reader.entries:
         expected[HEAD_NAME] = (spec.vocab_size, spec.hidden_size)
     for name, shape in expected.items():
@@ -122,9 +129,20 @@ def check_backbone(path: str | Path) -> BackboneSpec:
     return spec
 
 
-def layer_pieces(spec: BackboneSpec, layer: int, tp_rank: int, tp: int) -> dict[str, list[Piece]]:
-    """Pieces of every parameter of TransformerLayer ``layer`` (global index) on one TP rank, by parameter
-    name."""
+def stored_as(spec: BackboneSpec, reader: SafetensorReader) -> Storage | None:
+    """How a checkpoint stores its MoE experts; None for dense backbones. UserError if in no way that is known."""
+    if spec.moe is None:
+        return None
+    mlps = [f"{TEXT_PREFIX[spec.family]}layers.{layer}.mlp." for layer in spec.moe.layers]
+    return find_storage(spec, mlps, reader.entries)
+
+
+def layer_pieces(spec: BackboneSpec, layer: int, tp_rank: int, tp: int, moe: MoeShard = WHOLE,
+                 storage: Storage | None = None) -> dict[str, list[Piece]]:
+    """Pieces of every parameter of TransformerLayer ``layer`` (global index) on one rank, by parameter name.
+
+    ``moe`` and ``storage`` (None: the family's first) matter for MoE layers only.
+    """
     spec.check_parallel(tp, 1)
     prefix = f"{TEXT_PREFIX[spec.family]}layers.{layer}."
     ffn = _shard(spec.ffn_hidden_size, tp_rank, tp)
@@ -135,9 +153,12 @@ def layer_pieces(spec: BackboneSpec, layer: int, tp_rank: int, tp: int) -> dict[
         "pre_mlp_layernorm.weight": [Piece(f"{prefix}post_attention_layernorm.weight")],
         "self_attention.linear_qkv.weight": list(_qkv_pieces(spec, prefix, "weight", tp_rank, tp)),
         "self_attention.linear_proj.weight": [Piece(f"{prefix}self_attn.o_proj.weight", cols=head_cols)],
-        "mlp.linear_fc1.weight": [Piece(f"{prefix}mlp.{name}_proj.weight", ffn) for name in ("gate", "up")],
-        "mlp.linear_fc2.weight": [Piece(f"{prefix}mlp.down_proj.weight", cols=ffn)],
     }
+    if spec.is_moe(layer):
+        pieces |= moe_pieces(spec, f"{prefix}mlp.", moe, storage or STORAGES[spec.family][0])
+    else:
+        pieces["mlp.linear_fc1.weight"] = [Piece(f"{prefix}mlp.{name}_proj.weight", ffn) for name in ("gate", "up")]
+        pieces["mlp.linear_fc2.weight"] = [Piece(f"{prefix}mlp.down_proj.weight", cols=ffn)]
     if spec.qk_norm:
         pieces["self_attention.q_layernorm.weight"] = [Piece(f"{prefix}self_attn.q_norm.weight")]
         pieces["self_attention.k_layernorm.weight"] = [Piece(f"{prefix}self_attn.k_norm.weight")]
@@ -188,12 +209,12 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> None:
     """
     spec = backbone.spec
     parameters = _frozen_parameters(backbone)
-    pieces = _stage_pieces(backbone)
-    if parameters.keys() != pieces.keys():
-        both = sorted(parameters.keys() ^ pieces.keys())
-        raise ValueError(f"backbone and translation disagree about {both}")
     with SafetensorReader(path) as reader:
         check_tensors(spec, reader)
+        pieces = _stage_pieces(backbone, stored_as(spec, reader))
+        if parameters.keys() != pieces.keys():
+            both = sorted(parameters.keys() ^ pieces.keys())
+            raise ValueError(f"backbone and translation disagree about {both}")
         for name, parameter in parameters.items():
             if is_fp8(parameter):
                 scales = backbone.get_buffer(f"{name.rpartition('.')[0]}.{SCALE}")
@@ -215,17 +236,17 @@ def _frozen_parameters(backbone: Backbone) -> dict[str, torch.nn.Parameter]:
             if not name.startswith("bank.") and not (tied and name == "output_weight")}
 
 
-def _stage_pieces(backbone: Backbone) -> dict[str, list[Piece]]:
+def _stage_pieces(backbone: Backbone, storage: Storage | None) -> dict[str, list[Piece]]:
     """Pieces of every frozen parameter of this rank's stage, by the backbone's parameter names."""
     spec, groups = backbone.spec, backbone.groups
-    tp_rank, tp = groups.coords.tp, groups.layout.tp
+    tp_rank, tp, moe = groups.coords.tp, groups.layout.tp, MoeShard.of(groups.layout, groups.coords)
     prefix = TEXT_PREFIX[spec.family]
     table = vocabulary_piece(spec, f"{prefix}embed_tokens.weight", tp_rank, tp)
     pieces: dict[str, list[Piece]] = {}
     if groups.is_first_stage:
         pieces["embedding.weight"] = [table]
     for position, layer in enumerate(backbone.layer_range):
-        for name, parts in layer_pieces(spec, layer, tp_rank, tp).items():
+        for name, parts in layer_pieces(spec, layer, tp_rank, tp, moe, storage).items():
             pieces[f"layers.{position}.{name}"] = parts
     if groups.is_last_stage:
         pieces["final_norm.weight"] = [Piece(f"{prefix}norm.weight")]
@@ -242,7 +263,7 @@ def _fill(parameter: torch.nn.Parameter, pieces: list[Piece], reader: Safetensor
     become 0."""
     row = 0
     for piece in pieces:
-        values = reader.read(piece.name, piece.rows, piece.cols)
+        values = piece.read(reader)
         parameter[row : row + len(values)].copy_(values)
         row += len(values)
     if row != len(parameter) and not padded:

@@ -131,7 +131,7 @@ class Groups:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
             context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp if layout.ep * layout.etp > 1 else None,
+            expert_tensor_parallel_size=layout.etp,
             order="tp-cp-ep-dp-pp", create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, round(timeout_s / 60)))
         model_parallel_cuda_manual_seed(MEGATRON_RNG_SEED, force_reset_rng=True)

@@ -7,7 +7,8 @@ rounding.
 
 Pipeline stages relay hidden states; the last one samples and broadcasts, so every rank of the replica knows
 every token and takes the same turns. Context ranks have whole prompts of their own and tell each other what was
-answered; nothing is split while decoding, so sequence parallelism rests too.
+answered; nothing is split while decoding, so sequence parallelism rests too. MoE experts that are spread over context
+ranks keep these in step (``lockstep``).
 """
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ from copd_megatron.rollout.decode_state import Answers, DecodeState
 from copd_megatron.rollout.engine import EngineCounters, Request, VisualSource
 from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock, prefix_blocks
 from copd_megatron.rollout.lanes import Prefixes, Wave, deal_requests, plan_waves
+from copd_megatron.rollout.lockstep import Lockstep
 from copd_megatron.rollout.sampling import Sampled, sample
 from copd_megatron.types import Completion, Segment, UserError
 
@@ -57,6 +59,7 @@ class MegatronEngine:
         self.backbone, self.groups, self.config, self.seed = backbone, groups, config, seed
         self.counters = EngineCounters()
         self.device = device()
+        self.lockstep = Lockstep(backbone, groups)
         rules = backbone.rules
         self.rules = rules
         # The naive engine differs in one thing: equal prefixes are evaluated again for every completion.
@@ -71,6 +74,7 @@ class MegatronEngine:
         rank_of = deal_requests(requests, self.groups.layout.cp)
         mine = [index for index, rank in enumerate(rank_of) if rank == self.groups.coords.cp]
         computed, answers = self._answer([requests[index] for index in mine], visual)
+        self.lockstep.finish()
         own = computed, [answer._replace(request=mine[answer.request]) for answer in answers]
         completions: list[list[Completion]] = [[] for _ in requests]
         for computed, answers in all_gather_objects(own, self.groups.cp):
@@ -209,6 +213,7 @@ class MegatronEngine:
     def _relay(self, entering: int, run: Callable[[], Tensor]) -> Tensor:
         """Run this stage between its neighbours: receive ``entering`` rows, run, send on what it returns."""
         groups, backbone = self.groups, self.backbone
+        self.lockstep.turn()
         if not groups.is_first_stage:
             received = torch.empty(entering, 1, backbone.spec.hidden_size, dtype=backbone.dtype,
                                    device=self.device)

@@ -21,6 +21,8 @@ import torch
 from copd_megatron.config.model import AdapterConfig
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.backbone import DTYPES, stage_layers
+from copd_megatron.model.moe_weights import MoeShard
+from copd_megatron.model.pieces import Piece
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.translate import HEAD_NAME, TEXT_PREFIX, expected_shapes, layer_pieces
 from copd_megatron.model.vision import CACHE_BYTES, stage_needs_features
@@ -95,9 +97,9 @@ def backbone_bytes(spec: BackboneSpec, layout: Layout, stage: int, dtype: str, f
     item = DTYPES[dtype].itemsize
     layers = 0
     for index in stage_layers(spec.num_layers, layout.pp, stage):
-        for name, pieces in layer_pieces(spec, index, 0, layout.tp).items():
-            elements = sum(_elements(shapes[p.name], p.rows, p.cols) for p in pieces)
-            rows = sum(_elements(shapes[p.name][:1], p.rows) for p in pieces)
+        for name, pieces in layer_pieces(spec, index, 0, layout.tp, MoeShard(ep=layout.ep, etp=layout.etp)).items():
+            elements = sum(piece.elements(shapes[piece.name]) for piece in pieces)
+            rows = sum(Piece(p.name, p.rows).elements(shapes[p.name][:1]) for p in pieces)
             rounded = fp8 != "none" and ".linear_" in name and name.endswith(".weight")
             layers += elements + SCALE_BYTES * rows if rounded else item * elements
     hidden = spec.hidden_size
@@ -107,10 +109,6 @@ def backbone_bytes(spec: BackboneSpec, layout: Layout, stage: int, dtype: str, f
     norm = math.prod(shapes[f"{TEXT_PREFIX[spec.family]}norm.weight"])
     return {"embedding": item * table * first, "layers": layers,
             "head": item * (norm + table * own_head) * last}
-
-
-def _elements(shape: tuple[int, ...], *cuts: slice) -> int:
-    return math.prod(len(range(*cut.indices(size))) for size, cut in zip(shape, cuts))
 
 
 @lru_cache(maxsize=4096)

@@ -93,7 +93,7 @@ def _candidate(job: Job, world_size: int, tp: int, pp: int, cp: int, hardware: H
     replicas = world_size // (tp * pp * cp)
     try:
         layout = Layout(tp=tp, pp=pp, cp=cp, replicas=replicas)
-        job.spec.check_parallel(tp, pp)
+        job.spec.check_layout(layout)
         placement = job.place(replicas)
     except UserError as error:
         return Candidate(tp, pp, cp, replicas, reason=str(error))

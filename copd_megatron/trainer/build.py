@@ -74,6 +74,7 @@ def build_policies(config: RunConfig) -> Policies:
     """
     setup_platform()
     spec = check_backbone(config.model.path)
+    spec.check_adapter(config.adapter)
     encoder = PromptEncoder(config.model.path)
     invocation = encoder.invocation_token_ids if config.adapter.scope == "completion" else None
     reference = _reference_folder(config.rlvr)
@@ -86,8 +87,7 @@ def build_policies(config: RunConfig) -> Policies:
                for name, expert in config.experts.items()}
     init_distributed(config.parallel)
     layout = Layout.of(config.parallel, torch.distributed.get_world_size())
-    spec.check_parallel(layout.tp, layout.pp)
-    spec.check_moe(layout.ep, layout.etp)
+    spec.check_layout(layout)
     groups = Groups.create(layout, place(config, layout.replicas), timeout_s=config.parallel.timeout_s)
     source = PromptSource(tasks, encoder, config.seed, config.rollout.max_prompt_tokens)
     _check_questions(source)

@@ -34,14 +34,16 @@ from copd_megatron.types import Prompt, Segment
 from support.pictures import mixed_questions, question
 from support.policies import media_arguments
 from support.ranks import run_ranks
-from support.tiny_models import FAMILIES, VISUAL_FAMILIES, tiny_model
+from support.tiny_models import FAMILIES, MOE_FAMILIES, VISUAL_FAMILIES, tiny_model
 
 CPU = torch.device("cpu")
 
 TOLERANCE = {"float32": 1e-4, "float64": 5e-6}
-"""Absolute, on logits of size 1. In float64 what is left is transformers' RMSNorm, which stays in float32."""
+"""Absolute, on logits of size 1. In float64 what is left is what transformers keeps in float32: norms, routers."""
 
 COMPLETIONS = [[40, 41, 42, 43], [50, 40]]
+ATTENTION = AdapterConfig(targets=("q_proj", "o_proj"))
+"""Linears that every family has in every layer."""
 GREEDY = SamplingParams(max_tokens=4, stop_token_ids=(), greedy=True)
 """Sampling would pick visual placeholders now and then, for which transformers wants pictures."""
 
@@ -50,7 +52,7 @@ def _rope(kind: str, **options: object) -> dict:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1000.0, **options}}
 
 
-CHECKPOINTS: dict[str, tuple[str, dict]] = {family: (family, {}) for family in FAMILIES} | {
+CHECKPOINTS: dict[str, tuple[str, dict]] = {family: (family, {}) for family in (*FAMILIES, *MOE_FAMILIES)} | {
     "qwen3_vl, other head": ("qwen3_vl", {"tie_word_embeddings": False}),
     "qwen2_5_vl, other head, yarn": ("qwen2_5_vl", {"tie_word_embeddings": True} | _rope(
         "yarn", factor=4.0, original_max_position_embeddings=32, mrope_section=[2, 1, 1])),
@@ -65,25 +67,37 @@ CHECKPOINTS: dict[str, tuple[str, dict]] = {family: (family, {}) for family in F
     "qwen2_5_vl, one key/value head": ("qwen2_5_vl", {"num_key_value_heads": 1}),
     "qwen3, one key/value head, biases": ("qwen3", {"num_key_value_heads": 1, "attention_bias": True}),
     "llama, all heads, biases": ("llama", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
+    "qwen3_moe, other head and layers": ("qwen3_moe", {
+        "norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": None, "tie_word_embeddings": True,
+        "num_experts": 4, "num_experts_per_tok": 3, "num_key_value_heads": 1}),
+    "qwen3_vl_moe, other head and layers": ("qwen3_vl_moe", {
+        "num_experts_per_tok": 1, "mlp_only_layers": [], "tie_word_embeddings": False}),
 }
 """Name -> family and what is different: heads (tied or not) on one end of the pipeline or both, rotary scalings,
-fewer key/value heads than ranks, biases."""
+fewer key/value heads than ranks, biases, which layers are MoE and how they weigh."""
 
 
 class Run(NamedTuple):
     """One evaluation of a checkpoint on the ranks of one replica."""
 
     checkpoint: str
-    tp: int
-    pp: int
+    layout: Layout = Layout()
     dtype: str = "float32"
 
 
+DENSE, MOE = ([name for name, (family, _) in CHECKPOINTS.items() if (family in MOE_FAMILIES) == moe]
+              for moe in (False, True))
+SP = {"sequence_parallel": True}
 RUNS: dict[int, list[Run]] = {
-    1: [Run(name, 1, 1, dtype) for name in CHECKPOINTS for dtype in TOLERANCE],
-    2: [Run(name, *layout) for layout in ((2, 1), (1, 2)) for name in CHECKPOINTS],
-    4: [Run(name, 2, 2) for name in CHECKPOINTS if name in FAMILIES or "other head" in name]
-       + [Run(name, 4, 1) for name in CHECKPOINTS if name in FAMILIES or "key/value" in name],
+    1: [Run(name, dtype=dtype) for name in CHECKPOINTS for dtype in TOLERANCE],
+    2: [*(Run(name, layout) for layout in (Layout(tp=2), Layout(pp=2)) for name in DENSE),
+        *(Run(name, layout) for layout in (
+            Layout(pp=2), Layout(tp=2, **SP), Layout(tp=2, ep=2, **SP), Layout(tp=2, etp=2, **SP), Layout(cp=2, ep=2),
+            Layout(cp=2)) for name in MOE)],
+    4: [*(Run(name, Layout(tp=2, pp=2)) for name in DENSE if name in FAMILIES or "other head" in name),
+        *(Run(name, Layout(tp=4)) for name in DENSE if name in FAMILIES or "key/value" in name),
+        *(Run(name, layout) for layout in (
+            Layout(tp=2, cp=2, ep=2, etp=2, **SP), Layout(tp=2, pp=2, ep=2, **SP)) for name in MOE)],
 }
 """World size -> runs. With PP 2 the last of Qwen3-VL's three deepstack levels is added on the second stage, with TP 4
 two key/value heads are on two ranks each. One rank also runs in float64, where an approximation would show."""
@@ -105,7 +119,9 @@ def _prompts(checkpoint: str) -> list[Prompt]:
 @cache
 def _model(checkpoint: str, dtype: str) -> nn.Module:
     auto = AutoModelForImageTextToText if read_spec(_path(checkpoint)).is_visual else AutoModelForCausalLM
-    return auto.from_pretrained(_path(checkpoint), dtype=getattr(torch, dtype))
+    # Its grouped products of MoE experts do not know float64.
+    plain = {"experts_implementation": "eager"} if checkpoint in MOE else {}
+    return auto.from_pretrained(_path(checkpoint), dtype=getattr(torch, dtype), **plain)
 
 
 @cache
@@ -138,10 +154,10 @@ def _ours(groups: Groups, run: Run) -> tuple[torch.Tensor | None, list[Segment]]
     """[N, V] whole-vocabulary logits on the last stage (None on others), and what the engine answers to each prompt."""
     path, prompts = _path(run.checkpoint), _prompts(run.checkpoint)
     spec = read_spec(path)
-    backbone = Backbone(spec, groups, ModelConfig(path=str(path), dtype=run.dtype), AdapterConfig())
+    backbone = Backbone(spec, groups, ModelConfig(path=str(path), dtype=run.dtype), ATTENTION)
     load_backbone_weights(backbone, path)
     lanes = [LeafGroup(prompt, [Leaf(None, tokens) for tokens in COMPLETIONS]) for prompt in prompts]
-    pack = build_pack(lanes, backbone.rules, CPU)
+    pack = build_pack(lanes, backbone.rules, CPU, share=backbone.share)
     looks = stage_needs_features(spec, backbone.layer_range)
     features = VisionTower(path, backbone.dtype, CPU).features if looks else _no_features
     engine = MegatronEngine(backbone, groups, RolloutConfig(), seed=0)
@@ -156,7 +172,7 @@ def _no_features(prompts: Sequence[Prompt]) -> None:
 def _evaluate(groups: Groups, backbone: Backbone, pack: Pack, features: VisualSource) -> torch.Tensor | None:
     spec = backbone.spec
     if not groups.is_first_stage:
-        received = torch.empty(pack.upper.tokens, 1, spec.hidden_size, dtype=backbone.dtype)
+        received = torch.empty(len(pack.upper.layout.mine()), 1, spec.hidden_size, dtype=backbone.dtype)
         dist.recv(received, group=groups.pp, group_src=dist.get_rank(groups.pp) - 1)
         backbone.set_input_tensor(received)
     hidden = backbone(pack, features(pack.prompts))
@@ -172,11 +188,10 @@ def _evaluate(groups: Groups, backbone: Backbone, pack: Pack, features: VisualSo
 def _walk(runs: list[Run]) -> list[tuple[torch.Tensor | None, list[Segment]]]:
     results, groups = [], None
     for run in runs:
-        layout = Layout(tp=run.tp, pp=run.pp, replicas=1)
-        if groups is None or groups.layout != layout:
+        if groups is None or groups.layout != run.layout:
             if groups is not None:
                 groups.destroy()
-            groups = Groups.create(layout, Placement.build(("only",), 1))
+            groups = Groups.create(run.layout, Placement.build(("only",), 1))
         results.append(_ours(groups, run))
     return results
 
@@ -196,7 +211,7 @@ CASES = [(world, number) for world, runs in RUNS.items() for number in range(len
 def test_logits_equal_transformers(world, number):
     run, want = RUNS[world][number], _reference(RUNS[world][number].checkpoint, RUNS[world][number].dtype)
     got = [logits for logits, _ in _outcomes(world)[number] if logits is not None]
-    assert len(got) == run.tp, run
+    assert len(got) == run.layout.tp * run.layout.cp, run
     for logits in got:
         torch.testing.assert_close(logits, want, rtol=0, atol=TOLERANCE[run.dtype], msg=lambda text: f"{run}: {text}")
         assert torch.equal(logits.argmax(-1), want.argmax(-1))

@@ -3,15 +3,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from copd_megatron.config.model import AdapterConfig
 from copd_megatron.model.hf_config import read_spec
-from copd_megatron.model.spec import RopeSpec
+from copd_megatron.model.spec import MoeSpec, RopeSpec
+from copd_megatron.parallel.layout import Layout
 from copd_megatron.types import UserError
-from support.tiny_models import FAMILIES, VOCABULARY, tiny_model
+from support.tiny_models import FAMILIES, MOE_FAMILIES, VOCABULARY, tiny_model
 
 
 def _changed(tmp_path: Path, family: str, **changes: object) -> Path:
@@ -113,6 +116,34 @@ PUBLISHED = {
             "in_chans": 3, "out_hidden_size": 3584, "patch_size": 14, "spatial_merge_size": 2,
             "spatial_patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31],
             "tokens_per_second": 2, "temporal_patch_size": 2}},
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960,
+        "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 151936},
+    "Qwen3-VL-30B-A3B-Instruct": {
+        "architectures": ["Qwen3VLMoeForConditionalGeneration"], "image_token_id": 151655, "model_type": "qwen3_vl_moe",
+        "text_config": {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "decoder_sparse_step": 1,
+            "dtype": "bfloat16", "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+            "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 262144,
+            "mlp_only_layers": [], "model_type": "qwen3_vl_moe_text", "moe_intermediate_size": 768,
+            "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8,
+            "num_hidden_layers": 48, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 5000000,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "use_cache": True, "vocab_size": 151936},
+        "tie_word_embeddings": False, "transformers_version": "4.57.0.dev0", "video_token_id": 151656,
+        "vision_config": {
+            "deepstack_visual_indexes": [8, 16, 24], "depth": 27, "hidden_act": "gelu_pytorch_tanh",
+            "hidden_size": 1152, "in_channels": 3, "initializer_range": 0.02, "intermediate_size": 4304,
+            "model_type": "qwen3_vl_moe", "num_heads": 16, "num_position_embeddings": 2304,
+            "out_hidden_size": 2048, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        "vision_end_token_id": 151653, "vision_start_token_id": 151652},
     "Llama-3.2-1B-Instruct": {
         "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
         "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "head_dim": 64,
@@ -136,14 +167,17 @@ def test_published_configurations(tmp_path, name):
                                       "Qwen3-4B": (36, 2560, 1e6, None),
                                       "Qwen2.5-7B-Instruct-1M": (28, 3584, 1e6, None),
                                       "Qwen2.5-VL-7B-Instruct": (28, 3584, 1e6, (16, 24, 24)),
+                                      "Qwen3-30B-A3B": (48, 2048, 1e6, None),
+                                      "Qwen3-VL-30B-A3B-Instruct": (48, 2048, 5e6, (24, 20, 20)),
                                       "Llama-3.2-1B-Instruct": (16, 2048, 5e5, None)}[name]
     assert (spec.num_layers, spec.hidden_size, spec.rope.theta, spec.rope.mrope_section) == (
         layers, hidden, theta, section)
-    older = name.startswith("Qwen2.5")
-    assert (spec.num_kv_heads, spec.tied_head, spec.qkv_bias) == ((4, False, True) if older else (8, True, False))
-    assert spec.head_dim == (64 if name.startswith("Llama") else 128)
+    older, moe = name.startswith("Qwen2.5"), "A3B" in name
+    assert (spec.num_kv_heads, spec.tied_head) == ((4, False) if older or moe else (8, True))
+    assert spec.qkv_bias == older and spec.head_dim == (64 if name.startswith("Llama") else 128)
     assert (spec.rope.frequencies is not None) == (name in ("Llama-3.2-1B-Instruct", "Qwen2.5-7B-Instruct-1M"))
     assert spec.rope.mrope_interleaved == (name != "Qwen2.5-VL-7B-Instruct")
+    assert spec.moe == (MoeSpec(128, 8, 768, True, tuple(range(48))) if moe else None)
     spec.check_parallel(4, 16)
 
 
@@ -186,6 +220,13 @@ def test_older_spelling_of_rope_means_the_same(tmp_path):
     ("qwen3_vl", {"vision_config__out_hidden_size": 64}, "out_hidden_size"),
     ("qwen3_vl", {"vision_config__deepstack_visual_indexes": [0, 1, 2, 3, 3]}, "deepstack"),
     ("qwen3", {"hidden_size": "wide"}, "config.json"),
+    ("qwen3", {"num_experts": 8}, "num_experts"),
+    ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 of num_experts 6"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step 0"),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+    ("qwen3_moe", {"moe_capacity_factor": 1.5}, "moe_capacity_factor"),
+    ("qwen3_vl_moe", {"text_config__norm_topk_prob": False}, "text_config.norm_topk_prob"),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else None)
 def test_unsupported_is_refused_by_name(tmp_path, family, changes, named):
     with pytest.raises(UserError, match=r"^model\.path: ") as caught:
@@ -230,12 +271,55 @@ def test_key_value_heads_are_copied_where_there_are_fewer_than_ranks():
             spec.check_parallel(tp, 1)
 
 
-@pytest.mark.parametrize(("ep", "etp"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("ep", "etp"), [(2, 1), (1, 2)])
 def test_a_dense_backbone_has_no_moe_experts_to_cut(ep, etp):
     spec = read_spec(tiny_model("qwen3"))
-    spec.check_moe(1, 1)
+    spec.check_layout(Layout(tp=2))
     with pytest.raises(UserError, match=rf"^parallel\.moe_expert, .*: {ep} x {etp}, but the backbone has no MoE"):
-        spec.check_moe(ep, etp)
+        spec.check_layout(Layout(tp=2, ep=ep, etp=etp))
+
+
+def test_moe_layers():
+    text, visual = (read_spec(tiny_model(family)) for family in MOE_FAMILIES)
+    assert text.moe == MoeSpec(experts=6, top_k=2, ffn_hidden_size=20, norm_topk=True, layers=(0, 1, 3))
+    assert visual.moe == text.moe and visual.is_visual and visual.deepstack_layers == 3 and text.head_dim == 12
+    assert [text.is_moe(i) for i in range(4)] == [True, True, False, True]
+    assert text.has_linear(0, "o_proj") and text.has_linear(2, "up_proj") and not text.has_linear(3, "up_proj")
+    every_other = read_spec(tiny_model("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3], norm_topk_prob=False))
+    assert every_other.moe.layers == (1,) and not every_other.moe.norm_topk
+    assert read_spec(tiny_model("qwen3_moe", decoder_sparse_step=9)).moe is None
+
+
+@pytest.mark.parametrize(("layout", "named"), [
+    (Layout(cp=4, ep=4), r"^parallel\.moe_expert: 4 does not divide the backbone's 6 MoE experts"),
+    (Layout(cp=3, etp=3), r"^parallel\.moe_expert_tensor: 3 does not divide the 20 feed-forward rows"),
+    (Layout(tp=2, ep=2), r"^parallel\.sequence_parallel: false with parallel\.tensor=2"),
+    (Layout(tp=2), r"^parallel\.sequence_parallel: false"),
+    (Layout(tp=3, sequence_parallel=True), r"^parallel\.tensor: 3 does not fit the backbone's 4 query heads"),
+])
+def test_layouts_that_do_not_fit_moe_layers(layout, named):
+    with pytest.raises(UserError, match=named) as caught:
+        read_spec(tiny_model("qwen3_moe")).check_layout(layout)
+    assert str(caught.value).count("; ") >= 2
+
+
+def test_feed_forward_of_dense_layers_matters_where_there_are_any():
+    odd = {"intermediate_size": 47, "tp": 2}
+    for dense, fits in (([2], False), ([], True)):
+        spec = read_spec(tiny_model("qwen3_moe", intermediate_size=odd["intermediate_size"], mlp_only_layers=dense))
+        with nullcontext() if fits else pytest.raises(UserError, match="47 feed-forward rows"):
+            spec.check_layout(Layout(tp=odd["tp"], sequence_parallel=True))
+
+
+@pytest.mark.parametrize(("first_layer", "targets", "named"), [
+    (0, ("q_proj", "up_proj"), None), (3, ("q_proj",), None),
+    (3, ("q_proj", "up_proj", "down_proj"), r"^adapter\.targets: up_proj, down_proj; from adapter\.first_layer=3 on"),
+    (4, ("q_proj",), r"^adapter\.first_layer: 4; the backbone has 4 layers"),
+])
+def test_adapters_need_linears_of_their_own(first_layer, targets, named):
+    spec = read_spec(tiny_model("qwen3_moe"))
+    with pytest.raises(UserError, match=named) if named else nullcontext():
+        spec.check_adapter(AdapterConfig(first_layer=first_layer, targets=targets))
 
 
 def test_padded_vocabulary():

@@ -54,7 +54,7 @@ def test_features_equal_transformers(family, key, dtype):
     model = AutoModelForImageTextToText.from_pretrained(tiny_model(family), dtype=dtype).model
     merged, deepstack = _tower(dtype, family).features([prompt])
     assert merged.dtype == dtype and merged.shape == (len(prompt.visual_index), 32)
-    assert len(deepstack) == spec.deepstack_layers == {"qwen3_vl": 3, "qwen2_5_vl": 0}[family]
+    assert len(deepstack) == spec.deepstack_layers == (0 if family == "qwen2_5_vl" else 3)
     tokens = prompt.token_ids[prompt.visual_index]
     for kind, token, patches, grids in (
             ("image", spec.image_token_id, prompt.visual.image_patches, prompt.visual.image_grids),

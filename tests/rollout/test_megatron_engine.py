@@ -26,7 +26,7 @@ from copd_megatron.rollout.engine import Request, SamplingParams  # noqa: E402
 from copd_megatron.rollout.megatron_engine import MegatronEngine  # noqa: E402
 from copd_megatron.types import Segment  # noqa: E402
 from rollout.engine_contract import EngineContract, tokens  # noqa: E402
-from support.random_backbone import SPEC, make_backbone, make_prompt, one_rank_groups  # noqa: E402
+from support.random_backbone import MOE_SPEC, SPEC, make_backbone, make_prompt, one_rank_groups  # noqa: E402
 from support.ranks import run_ranks  # noqa: E402
 from support.tiny_models import tiny_model  # noqa: E402
 
@@ -243,6 +243,14 @@ def test_other_dtypes(groups, dtype, tolerance):
     _check_logprobs(harness, harness.engine().generate(requests), tolerance)
 
 
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_moe_layers_decode_as_they_train(groups, scope):
+    harness = MegatronHarness(groups, scope=scope, first_layer=1, spec=MOE_SPEC)
+    completions = harness.engine().generate(_requests()[3:12])
+    _check_logprobs(harness, completions)
+    _same(_outcome(completions), _outcome(harness.engine(decode_lanes=7).generate(_requests()[3:12])))
+
+
 CASES = [("sequence", 0, True, 1024), ("completion", 0, True, 5), ("sequence", 2, True, 1024),
          ("completion", 3, True, 1024), ("sequence", 1, False, 9)]
 """(scope, first layer, sharing, decode lanes); the tiny backbone has four layers."""
@@ -311,3 +319,25 @@ def test_layout_changes_nothing(path, one_rank_outcomes, parallel, cases):
             _same(want[:3], got[:3])
             assert want[3] == got[3]
     assert len({str(outcome[0]) for outcome in one_rank_outcomes}) == len(CASES), "adapters change nothing"
+
+
+@pytest.fixture(scope="module")
+def moe_outcomes():
+    """(what every rank of a layout answers with MoE layers, what one rank does)."""
+    path = tiny_model("qwen3_vl_moe", mlp_only_layers=[3])
+
+    def of_layout(parallel):
+        return run_ranks(Layout(**parallel).world_size, _layout_outcomes, path, parallel, CASES[1:2])
+
+    return of_layout, of_layout({})
+
+
+@pytest.mark.parametrize("parallel", [
+    {"tp": 2, "ep": 2, "sequence_parallel": True}, {"pp": 2, "cp": 2, "ep": 2},
+    {"tp": 2, "cp": 2, "ep": 2, "etp": 2, "sequence_parallel": True}], ids=str)
+def test_layout_changes_nothing_with_moe_layers(moe_outcomes, parallel):
+    """Context ranks take different numbers of turns, and wait for each other in every MoE layer."""
+    of_layout, ((want,),) = moe_outcomes
+    for (got,) in of_layout(parallel):
+        _same(want[:3], got[:3])
+        assert want[3] == got[3]

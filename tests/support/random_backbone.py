@@ -1,12 +1,14 @@
 """A small random backbone on one rank, with random adapters, and prompts with invented media."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.backbone import Backbone
-from copd_megatron.model.spec import BackboneSpec, RopeSpec
+from copd_megatron.model.spec import BackboneSpec, MoeSpec, RopeSpec
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
@@ -16,6 +18,8 @@ SPEC = BackboneSpec(family="qwen3_vl", num_layers=3, hidden_size=32, ffn_hidden_
                     head_dim=8, vocab_size=37, norm_eps=1e-6, rope=RopeSpec(1e4, None, (2, 1, 1)), qk_norm=True,
                     qkv_bias=False, o_bias=False, mlp_bias=False, tied_head=False, deepstack_layers=2,
                     image_token_id=5, video_token_id=6)
+MOE_SPEC = replace(SPEC, family="qwen3_vl_moe", moe=MoeSpec(experts=4, top_k=2, ffn_hidden_size=24, norm_topk=True,
+                                                            layers=(0, 2)))
 
 
 def one_rank_groups(experts=("a", "b")) -> Groups:

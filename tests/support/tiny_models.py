@@ -31,14 +31,19 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "qwen3", "qwen2", "llama")
-VISUAL_FAMILIES = ("qwen3_vl", "qwen2_5_vl")
+VISUAL_FAMILIES = ("qwen3_vl", "qwen3_vl_moe", "qwen2_5_vl")
+MOE_FAMILIES = ("qwen3_moe", "qwen3_vl_moe")
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
                   "<|image_pad|>", "<|video_pad|>")
@@ -67,9 +72,11 @@ PATCH, MERGE = 8, 2
 _TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, head_dim=12, max_position_embeddings=512, rms_norm_eps=1e-5)
 
+_MOE = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=20, mlp_only_layers=[2])
+
 
 def tiny_model(family: str, **overrides: object) -> Path:
-    """Directory of a tiny checkpoint of ``family`` (one of FAMILIES).
+    """Directory of a tiny checkpoint of ``family`` (one of FAMILIES or MOE_FAMILIES).
 
     ``overrides`` change the (text) configuration, e.g. ``tie_word_embeddings=True`` or
     ``attention_bias=True``; ``seed`` changes the weights and ``shard_bytes`` splits them into files of at
@@ -119,8 +126,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def _processor(family: str, tokenizer: PreTrainedTokenizerFast) -> ProcessorMixin:
     sizes = dict(patch_size=PATCH, merge_size=MERGE, temporal_patch_size=2,
                  size={"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": 64 * (PATCH * MERGE) ** 2})
-    whole, video = {"qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
-                    "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)}[family]
+    whole, video = {"qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)}.get(
+        family, (Qwen3VLProcessor, Qwen3VLVideoProcessor))
     return whole(image_processor=Qwen2VLImageProcessor(**sizes), tokenizer=tokenizer,
                  video_processor=video(**sizes, cap_pixels_per_frame=False), chat_template=CHAT_TEMPLATE)
 
@@ -131,7 +138,8 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
         ("vision_start", "vision_start"), ("vision_end", "vision_end"))}
 
 
-def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel:
+def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, options: dict, config: type = Qwen3VLConfig,
+              model: type = Qwen3VLForConditionalGeneration) -> PreTrainedModel:
     tied = options.pop("tie_word_embeddings", True)
     rope = {"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [2, 2, 2],
             "mrope_interleaved": True}
@@ -139,8 +147,16 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedMo
     vision = dict(depth=4, hidden_size=16, num_heads=2, intermediate_size=24, patch_size=PATCH,
                   spatial_merge_size=MERGE, temporal_patch_size=2, out_hidden_size=text["hidden_size"],
                   num_position_embeddings=36, deepstack_visual_indexes=[0, 1, 2])
-    return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **_token_ids(tokenizer)))
+    return model(config(text_config=text, vision_config=vision, tie_word_embeddings=tied, **_token_ids(tokenizer)))
+
+
+def _qwen3_vl_moe(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel:
+    return _qwen3_vl(tokenizer, _MOE | options, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration)
+
+
+def _qwen3_moe(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel:
+    defaults = _TEXT | _MOE | {"vocab_size": VOCABULARY, "tie_word_embeddings": False, "norm_topk_prob": True}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**defaults | options))
 
 
 def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel:
@@ -174,7 +190,8 @@ def _llama(tokenizer: PreTrainedTokenizerFast, options: dict) -> PreTrainedModel
     return LlamaForCausalLM(LlamaConfig(**defaults | options))
 
 
-_BUILDERS = {"qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3": _qwen3, "qwen2": _qwen2, "llama": _llama}
+_BUILDERS = {"qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl, "qwen3": _qwen3, "qwen2": _qwen2, "llama": _llama,
+             "qwen3_moe": _qwen3_moe, "qwen3_vl_moe": _qwen3_vl_moe}
 
 
 @torch.no_grad()

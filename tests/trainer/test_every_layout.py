@@ -49,17 +49,27 @@ VARIANTS = {
     "four experts, student_topk": {
         "experts": ("text", "image", "video", "audio"), "opd": {"signal": "student_topk", "topk": 5},
         "exchange": {"topology": "expander(2)", "transport": "auto"}},
+    "moe, split, selective": {
+        "optimizer": {"microbatch_tokens": 44}, "adapter": {"targets": ("q_proj", "v_proj", "up_proj")},
+        "model": {"recompute": "selective"}, "exchange": {"topology": "hub", "transport": "scatter"}},
+    "moe, completion, full": {
+        "adapter": COMPLETION | {"targets": ("o_proj", "down_proj")}, "model": {"recompute": "full"},
+        "exchange": {"topology": "ring", "transport": "gather_adapters"}},
 }
-S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, NAIVE, FOUR = VARIANTS
+S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, NAIVE, FOUR, MOE, MOE_FULL = VARIANTS
 
 LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is left
     2: [({"tensor": 2}, C_SPLIT), ({"tensor": 2, "sequence_parallel": True}, S), ({"context": 2}, S),
-        ({"context": 2}, C_FULL), ({"pipeline": 2}, S_FULL), ({}, FOUR)],
+        ({"context": 2}, C_FULL), ({"pipeline": 2}, S_FULL), ({}, FOUR),
+        ({"tensor": 2, "sequence_parallel": True, "moe_expert": 2}, MOE), ({"context": 2, "moe_expert": 2}, MOE_FULL),
+        ({"pipeline": 2}, MOE), ({"tensor": 2, "sequence_parallel": True, "moe_expert_tensor": 2}, MOE_FULL)],
     3: [({}, C_SPLIT), ({"pipeline": 3}, SELECTIVE)],
     4: [({"context": 4}, C_SPLIT), ({"tensor": 2, "context": 2, "sequence_parallel": True}, C_SPLIT),
         ({"tensor": 2, "context": 2}, NAIVE), ({"pipeline": 2, "context": 2}, SELECTIVE),
         ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, C_FULL),
-        ({"tensor": 2, "sequence_parallel": True}, SELECTIVE), ({}, S), ({"pipeline": 2}, C_SPLIT)],
+        ({"tensor": 2, "sequence_parallel": True}, SELECTIVE), ({}, S), ({"pipeline": 2}, C_SPLIT),
+        ({"tensor": 2, "context": 2, "sequence_parallel": True, "moe_expert": 2, "moe_expert_tensor": 2}, MOE),
+        ({"pipeline": 2, "context": 2, "moe_expert": 2}, MOE_FULL)],
     6: [({"pipeline": 2}, S_FULL), ({"context": 2}, SELECTIVE), ({"tensor": 2, "sequence_parallel": True}, NAIVE)],
     8: [({"tensor": 2, "pipeline": 2, "context": 2, "sequence_parallel": True}, S_FULL),
         ({"tensor": 2, "pipeline": 2, "context": 2}, C_FULL), ({"context": 8}, S),
@@ -71,7 +81,10 @@ CASES = [(world, number) for world, layouts in LAYOUTS.items() for number in ran
 
 def _config(variant, parallel, old="-", **sections):
     """``old``: folder of the frozen teacher; ``sections`` lie over the variant's."""
-    merged = {"model": {"path": str(tiny_model("qwen3", num_hidden_layers=3)), "dtype": "float64"},
+    path = tiny_model("qwen3", num_hidden_layers=3)
+    if variant.startswith("moe"):
+        path = tiny_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1])
+    merged = {"model": {"path": str(path), "dtype": "float64"},
               "adapter": {"rank": 3, "alpha": 6.0, "targets": TARGETS},
               "optimizer": {"lr": 1e-2, "warmup_steps": 2, "microbatch_tokens": 200},
               "rollout": {"prompts_per_step": 2, "group_size": 2, "max_completion_tokens": 3},
