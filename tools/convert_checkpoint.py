@@ -152,7 +152,10 @@ def _inputs(options: argparse.Namespace) -> tuple[RunSave | None, BackboneSpec, 
     if backbone is None:
         raise UserError("--backbone: missing; PEFT folders do not hold the weights they adapt; give the Hugging Face "
                         "directory of their backbone")
-    return save, check_backbone(backbone), backbone
+    spec = check_backbone(backbone)
+    if save:
+        save.check_backbone(backbone)
+    return save, spec, backbone
 
 
 def _merged(options: argparse.Namespace, save: RunSave | None, spec: BackboneSpec) -> Merge:

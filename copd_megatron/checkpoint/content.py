@@ -33,30 +33,32 @@ _BLOCK_BYTES = 8 << 20
 _MODULUS = 1 << 256
 
 
-def backbone_hash(path: str | Path, world: ProcessGroup, cache: Path | None = None) -> str:
+def backbone_hash(path: str | Path, world: ProcessGroup | None, cache: Path | None = None) -> str:
     """Hex name of the backbone in directory ``path``, the same on every rank. Every rank calls it.
 
     Args:
+        world: the ranks that share the reading; None: this process alone.
         cache: file of known sums; None takes ``~/.cache/copd_megatron/weights.json``. One that cannot be
             read or written costs time only.
 
     Raises:
         UserError: on every rank, if weights or config.json are missing, broken or unreadable.
     """
-    path, rank = Path(path), world.rank()
+    path, rank, ranks = Path(path), world.rank() if world else 0, world.size() if world else 1
     by_file = _tensors_by_file(path)
     cache = cache or _default_cache()
-    known = broadcast_object(_known(cache, by_file) if rank == 0 else None, 0, world)
+    known = _known(cache, by_file) if rank == 0 else None
+    known = broadcast_object(known, 0, world) if world else known
     missing = [file for file in by_file if file not in known]
     if rank == 0 and sum(file.stat().st_size for file in missing) >= CACHED_BYTES:
         log.info("hashing %d weight files of %s (once; they are remembered)", len(missing), path)
     mine, problem = {}, None
     try:
-        mine = {file: _file_sum(file, by_file[file]) for file in missing[rank::world.size()]}
+        mine = {file: _file_sum(file, by_file[file]) for file in missing[rank::ranks]}
     except OSError as error:
         problem = UserError(f"model.path: {path}: a weight file cannot be read ({error}); all must be readable "
                             "on every rank; check the disk and permissions")
-    for part, failure in all_gather_objects((mine, problem), world):
+    for part, failure in all_gather_objects((mine, problem), world) if world else [(mine, problem)]:
         if failure is not None:
             raise failure
         known |= part

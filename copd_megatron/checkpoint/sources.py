@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from copd_megatron.checkpoint.adapter import Adapter, Truncation, combined, merge_weights
+from copd_megatron.checkpoint.content import backbone_hash
 from copd_megatron.checkpoint.peft import CONFIG, read_peft_adapter
 from copd_megatron.checkpoint.saves import ADAPTERS, whole_save
 from copd_megatron.config.trainer import MergeConfig
@@ -29,8 +30,18 @@ class RunSave:
     backbone: Path
     """As the run's configuration names it."""
     merge: MergeConfig
-    adapter: dict[str, Any]
-    """Section ``adapter`` of the run."""
+    backbone_hash: str
+
+    def check_backbone(self, backbone: Path) -> None:
+        """Refuse weights that the run was not trained on, however their files are cut. Reads them, unless their sums
+        are remembered.
+
+        Raises:
+            UserError: it is another backbone.
+        """
+        if backbone_hash(backbone, None) != self.backbone_hash:
+            raise UserError(f"--backbone: {backbone} is not the backbone of {self.folder}; adapters only fit the "
+                            "weights they were trained on; give its directory")
 
     def adapter_of(self, policy: str, spec: BackboneSpec) -> Adapter:
         """One expert, or the run's own merged policy.
@@ -69,7 +80,7 @@ def open_run(run_dir: Path, which: Which = "newest") -> RunSave:
     path, meta = found
     config = meta["config"]
     return RunSave(path, meta["step"], tuple(meta["updates"]), Path(config["model"]["path"]),
-                   MergeConfig.model_validate(config["merge"]), meta["adapter"])
+                   MergeConfig.model_validate(config["merge"]), meta["backbone_hash"])
 
 
 def read_adapters(folders: Sequence[Path], spec: BackboneSpec) -> dict[str, Adapter]:
