@@ -67,7 +67,7 @@ def check_supported(backbone: Path, spec: BackboneSpec) -> None:
         what = f"{unknown[0]} in its layers"
     elif spec.o_bias or spec.mlp_bias:
         what = "biases on o_proj or in its MLP"
-    elif spec.rope.frequencies is not None and _scaling_arguments(backbone) is None:
+    elif spec.rope.max_positions or (spec.rope.frequencies is not None and _scaling_arguments(backbone) is None):
         what = f"rotary scaling {load_hf_config(backbone).rope_parameters}"
     if what:
         raise UserError(f"--backbone: family {spec.family} has {what}; converted are dense text models that "

@@ -10,6 +10,8 @@ Sequence parallelism (each rank has a share of the rows between linears): column
 own rows and gathered, its backward reduce-scatters dh, and A's gradient is a part that the optimizer sums over TP;
 row-parallel, h is reduce-scattered, B acts on the rank's own rows, and B's gradient is such a part. One collective
 of [rows, r] per linear, whatever the number of experts.
+With fewer key/value heads than ranks, B of k and v is a copy on each rank that holds the head; its gradient there is a
+part, too (`adapter_bank.Cut`).
 A fused linear keeps its parts' own A and B (q, k, v; gate, up), as PEFT does, so exports are lossless.
 """
 from __future__ import annotations

@@ -82,9 +82,12 @@ _NO_EFFECT = frozenset({
     "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "output_hidden_states",
     "output_attentions", "return_dict", "id2label", "label2id", "num_labels", "problem_type",
     "vision_start_token_id", "vision_end_token_id", "vision_token_id", "name_or_path", "chunk_size_feed_forward",
-    "is_encoder_decoder",
+    "is_encoder_decoder", "is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version",
 })
 """Options that never change the logits of a frozen backbone in evaluation mode."""
+
+_OFF = frozenset({"use_mrope", "rope_interleaved"})
+"""Options that transformers does not read and other software means something by, unless they are false."""
 
 _VISION_SYNONYMS = {"in_chans": "in_channels", "spatial_patch_size": "patch_size"}
 """Options of older vision towers that transformers does not read, and those that it reads instead."""
@@ -189,6 +192,8 @@ def _check_options(path: str | Path, raw: dict[str, Any], prefix: str, family: F
     read = _READ | _READ_OF_MOE if family in _MOE else _READ
     for key, value in raw.items():
         if key in read or key in _NO_EFFECT or key.startswith("_") or value is None:
+            continue
+        if key in _OFF and value is False:
             continue
         raise _refusal(path, f"option {prefix}{key} = {value!r:.60}",
                        "it is unknown and may change the model")

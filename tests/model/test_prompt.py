@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from copd_megatron.model.hf_config import read_spec
 from copd_megatron.model.prompt import PromptEncoder
+from copd_megatron.model.shared_prefix import Leaf, LeafGroup, PackRules, build_pack
 from copd_megatron.types import Media, TaskItem, UserError
 from support.pictures import clip, mixed_questions, picture, question
 from support.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, VISUAL_FAMILIES, tiny_model
@@ -128,6 +130,20 @@ def test_time_is_content_where_positions_count_it():
         same = np.array_equal(slow.position_ids, fast.position_ids)
         assert same == (family != "qwen2_5_vl") == (slow.visual.video_seconds is None)
     assert slow.visual.video_seconds.tolist() == [2.0] and fast.visual.video_seconds.tolist() == [0.5]
+
+
+def test_prompts_end_where_frequencies_change():
+    """A dynamic scaling takes other frequencies for all tokens once the context is longer than trained."""
+    item, rope = question("a", text="how long?"), {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    size = len(PromptEncoder(tiny_model("llama")).encode(item, "x").token_ids)
+    fits, short = (tiny_model("llama", rope_parameters=rope, max_position_embeddings=n) for n in (size, size - 1))
+    prompt = PromptEncoder(fits).encode(item, "x")
+    with pytest.raises(UserError, match=f"^model.path: prompt 'a' reaches position {size}, .* beyond {size - 1}; "):
+        PromptEncoder(short).encode(item, "x")
+    rules, one, two = PackRules(rope=read_spec(fits).rope), [7], [7, 8]
+    build_pack([LeafGroup(prompt, [Leaf("e", one)])], rules, torch.device("cpu"))
+    with pytest.raises(UserError, match=f"^model.path: 'a' with 1 completion tokens reaches position {size + 1}, "):
+        build_pack([LeafGroup(prompt, [Leaf("e", two)])], rules, torch.device("cpu"))
 
 
 def test_template_arguments(tmp_path):

@@ -54,6 +54,23 @@ def test_slices_equal_slices_of_the_whole(single):
         assert reader.read(MATRIX, slice(7, 7)).shape == (0, 32)
 
 
+def test_published_names_of_qwen2_5_vl_are_todays(tmp_path):
+    """Stored as published ("visual.*", "model.layers.*"), or by the names of the model in transformers 5."""
+    old = tiny_model("qwen2_5_vl")
+    stored = load_file(old / "model.safetensors")
+    assert "visual.patch_embed.proj.weight" in stored and "model.layers.0.self_attn.q_proj.bias" in stored
+    with SafetensorReader(old) as one:
+        names = {entry.stored_name: name for name, entry in one.entries.items()}
+        assert names.keys() == stored.keys()
+        save_file({names[name]: tensor for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+        with SafetensorReader(tmp_path) as other:
+            assert other.entries.keys() == one.entries.keys()
+            assert {"lm_head.weight", "model.visual.patch_embed.proj.weight",
+                    "model.language_model.layers.0.self_attn.q_proj.bias"} <= other.entries.keys()
+            for name in one.entries:
+                assert torch.equal(one.read(name), other.read(name))
+
+
 def test_sharded_equals_single(single, sharded):
     assert len(list(sharded.glob("*.safetensors"))) > 2
     with SafetensorReader(single) as one, SafetensorReader(sharded) as many:

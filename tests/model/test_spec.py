@@ -91,8 +91,8 @@ PUBLISHED = {
         "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
         "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
         "use_sliding_window": False, "vocab_size": 151936},
-    "Qwen2.5-7B-Instruct-1M": {
-        "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "Qwen2.5-7B-Instruct with yarn": {
+        "architectures": ["Qwen2ForCausalLM"], "use_mrope": False, "attention_dropout": 0.0, "bos_token_id": 151643,
         "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02,
         "intermediate_size": 18944, "max_position_embeddings": 32768, "max_window_layers": 28,
         "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28, "num_key_value_heads": 4,
@@ -165,7 +165,7 @@ def test_published_configurations(tmp_path, name):
     spec = read_spec(tmp_path)
     layers, hidden, theta, section = {"Qwen3-VL-4B-Instruct": (36, 2560, 5e6, (24, 20, 20)),
                                       "Qwen3-4B": (36, 2560, 1e6, None),
-                                      "Qwen2.5-7B-Instruct-1M": (28, 3584, 1e6, None),
+                                      "Qwen2.5-7B-Instruct with yarn": (28, 3584, 1e6, None),
                                       "Qwen2.5-VL-7B-Instruct": (28, 3584, 1e6, (16, 24, 24)),
                                       "Qwen3-30B-A3B": (48, 2048, 1e6, None),
                                       "Qwen3-VL-30B-A3B-Instruct": (48, 2048, 5e6, (24, 20, 20)),
@@ -175,7 +175,8 @@ def test_published_configurations(tmp_path, name):
     older, moe = name.startswith("Qwen2.5"), "A3B" in name
     assert (spec.num_kv_heads, spec.tied_head) == ((4, False) if older or moe else (8, True))
     assert spec.qkv_bias == older and spec.head_dim == (64 if name.startswith("Llama") else 128)
-    assert (spec.rope.frequencies is not None) == (name in ("Llama-3.2-1B-Instruct", "Qwen2.5-7B-Instruct-1M"))
+    assert (spec.rope.frequencies is not None) == (name in ("Llama-3.2-1B-Instruct",
+                                                         "Qwen2.5-7B-Instruct with yarn"))
     assert spec.rope.mrope_interleaved == (name != "Qwen2.5-VL-7B-Instruct")
     assert spec.moe == (MoeSpec(128, 8, 768, True, tuple(range(48))) if moe else None)
     spec.check_parallel(4, 16)
@@ -206,6 +207,7 @@ def test_older_spelling_of_rope_means_the_same(tmp_path):
                                    "long_factor": [1.0] * 3}}, "longrope"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": None},
      "use_sliding_window"),
+    ("qwen2", {"use_mrope": True}, "use_mrope"),
     ("qwen2", {"head_dim": None, "hidden_size": 28}, "head_dim 7"),
     ("qwen2_5_vl", {"text_config__head_dim": 12}, "head_dim 12"),
     ("qwen2_5_vl", {"text_config__rope_parameters__mrope_section": [1, 1, 1]}, "add up to 4"),

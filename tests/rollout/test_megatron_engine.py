@@ -24,7 +24,7 @@ from copd_megatron.parallel.seeding import generator_for  # noqa: E402
 from copd_megatron.rollout import megatron_engine  # noqa: E402
 from copd_megatron.rollout.engine import Request, SamplingParams  # noqa: E402
 from copd_megatron.rollout.megatron_engine import MegatronEngine  # noqa: E402
-from copd_megatron.types import Segment  # noqa: E402
+from copd_megatron.types import Segment, UserError  # noqa: E402
 from rollout.engine_contract import EngineContract, tokens  # noqa: E402
 from support.random_backbone import MOE_SPEC, SPEC, make_backbone, make_prompt, one_rank_groups  # noqa: E402
 from support.ranks import run_ranks  # noqa: E402
@@ -116,6 +116,19 @@ def _check_logprobs(harness, completions, atol=1e-11):
         truth = harness.logprobs(completion.prompt, completion.expert, completion.token_ids, 1.0)
         picked = truth[np.arange(len(truth)), completion.token_ids]
         np.testing.assert_allclose(completion.logprobs, picked, rtol=0, atol=atol)
+
+
+def test_completions_end_where_rotary_frequencies_change(groups):
+    """Refused before anything is sampled; a prompt of 9 and 7 tokens, the last of them not fed, reach position 15."""
+    engine = MegatronHarness(groups).engine()
+    request = Request(make_prompt(1, 9), "a", 1, PARAMS, (1,))
+    for limit in (15, 14):
+        engine.rules = replace(engine.rules, rope=replace(SPEC.rope, max_positions=limit))
+        if limit == 15:
+            assert len(engine.generate([request])) == 1
+        else:
+            with pytest.raises(UserError, match="^model.path: .* reaches position 15, .* beyond 14; "):
+                engine.generate([request])
 
 
 @pytest.mark.parametrize("first_layer", [0, 1, 2])
