@@ -116,6 +116,8 @@ def _child(rank: int, size: int, folder: Path, sender: Connection, timeout_s: fl
             message = traceback.format_exc(), b""
         faulthandler.cancel_dump_traceback_later()
     sender.send(message)
+    for helper in multiprocessing.active_children():
+        helper.kill()  # Megatron's checkpoint writer would wait for the next save for ever
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
