@@ -63,6 +63,8 @@ def check_supported(backbone: Path, spec: BackboneSpec) -> None:
     unknown = sorted(layer_pieces(spec, spec.num_layers - 1, 0, 1).keys() - KNOWN)
     if spec.is_visual:
         what = "a vision tower"
+    elif spec.moe is not None:
+        what = "a Mixture of Experts"
     elif unknown:
         what = f"{unknown[0]} in its layers"
     elif spec.o_bias or spec.mlp_bias:

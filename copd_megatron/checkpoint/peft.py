@@ -228,7 +228,8 @@ def check_section(adapter: Adapter, config: AdapterConfig, invocation_token_ids:
 def _check_factor(spec: BackboneSpec, name: str, factor: Tensor, rank: int, where: str) -> None:
     """Refuse a factor that the backbone has no place for."""
     match = _FACTOR.fullmatch(name)
-    if not match or MODULE_OF.get(match[3]) != match[2] or int(match[1]) >= spec.num_layers:
+    found = match and MODULE_OF.get(match[3]) == match[2] and int(match[1]) < spec.num_layers
+    if not found or not spec.has_linear(int(match[1]), match[3]):
         raise UserError(f"{where}: tensor {name!r} belongs to no linear of the backbone (family "
                         f"{spec.family}, {spec.num_layers} layers); adapter and backbone must belong "
                         "together; check both paths")

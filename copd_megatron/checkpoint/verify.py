@@ -28,7 +28,7 @@ from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.platform import device
 from copd_megatron.tasks.media import load_image
-from copd_megatron.types import Prompt, TaskItem
+from copd_megatron.types import Prompt, TaskItem, UserError
 
 POLICY = "policy"
 
@@ -121,7 +121,11 @@ def theirs(side: Side, asked: Sequence[Question], dtype: str) -> Scores:
     auto = AutoModelForImageTextToText if spec.is_visual else AutoModelForCausalLM
     model = auto.from_pretrained(side.backbone, dtype=DTYPES[dtype], local_files_only=True)
     if side.adapter:
-        model = PeftModel.from_pretrained(model, side.adapter)
+        try:
+            model = PeftModel.from_pretrained(model, side.adapter)
+        except ValueError as error:  # peft refuses what it has no place for
+            raise UserError(f"{side.adapter}: peft cannot load it on {side.backbone} ({error}); an adapter of this "
+                            "backbone is needed; if that has MoE layers, merge it or train attention only") from error
     model = model.to(device()).eval()
     parts = []
     for question in asked:
@@ -150,11 +154,13 @@ def _media(prompt: Prompt, token_ids: Tensor, model: nn.Module) -> dict[str, Ten
 def ours(side: Side, asked: Sequence[Question], dtype: str) -> Scores:
     """By our backbone on one rank."""
     spec = check_backbone(side.backbone)
-    start = read_peft_adapter(side.adapter, spec).invocation_token_ids if side.adapter else None
+    adapter = read_peft_adapter(side.adapter, spec) if side.adapter else None
+    start = adapter.invocation_token_ids if adapter else None
+    targets = sorted({module.split(".")[3] for module in adapter.modules()}) if adapter else ("q_proj",)
     groups = Groups.create(Layout(), Placement.build((POLICY,), 1))
     try:
         backbone = Backbone(spec, groups, ModelConfig(path=str(side.backbone), dtype=dtype),
-                            AdapterConfig(scope="completion" if start else "sequence"))
+                            AdapterConfig(scope="completion" if start else "sequence", targets=tuple(targets)))
         load_backbone_weights(backbone, side.backbone)
         if side.adapter:
             header = PromptEncoder(side.backbone).invocation_token_ids if start else None

@@ -71,6 +71,9 @@ def test_transformers_computes_our_logprobs(one_rank, tmp_path, family, shard_by
     torch.testing.assert_close(theirs, ours["merged"], rtol=0, atol=1e-4)
     assert (transformers_logprobs(before, prompts) - theirs).abs().max() > 0.1
     assert check_backbone(tmp_path / "merged") == encoder.spec, "the result is a backbone again"
+    old, new = _weights(path), _weights(tmp_path / "merged")
+    changed = {name[name.index("layers."):] for name, weight in old.items() if not torch.equal(new[name], weight)}
+    assert changed == {f"{name}.weight" for name in bank.names()}, "moe_experts and the rest stay, under their names"
     again = PromptEncoder(tmp_path / "merged").encode(mixed_questions()[0], "text")
     assert again.content_hash == prompts[0].content_hash
     files = {file.name for file in path.iterdir()}

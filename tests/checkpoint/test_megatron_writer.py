@@ -173,7 +173,7 @@ def _gpt_names(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def test_what_gpt_model_cannot_be_is_refused():
-    for family, changes, what in (("qwen3_vl", {}, "a vision tower"),
+    for family, changes, what in (("qwen3_vl", {}, "a vision tower"), ("qwen3_moe", {}, "a Mixture of Experts"),
                                   ("llama", {"attention_bias": True}, "biases on o_proj"),
                                   ("llama", {}, "rotary scaling .*llama3")):
         with pytest.raises(UserError, match=f"--backbone: family {family} has {what}.*; continue from the H"):

@@ -97,6 +97,16 @@ def test_the_peft_library_computes_our_logprobs(one_rank, tmp_path, family, scop
     assert (ours["a"] - ours["merged"]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_attention_of_a_moe_backbone(one_rank, tmp_path, scope):
+    groups, adapter = one_rank(*EXPERTS), _adapter(scope, targets=("q_proj", "o_proj"))
+    bank, prompts = _bank(groups, "qwen3_moe", adapter), _prompts("qwen3_moe")
+    ours = our_logprobs(tiny_model("qwen3_moe"), groups, adapter, {"a": full_factors(bank, "a")}, prompts,
+                        {"a": bank.scaling_of("a")})["a"]
+    model = _with_adapter("qwen3_moe", _export(bank, "qwen3_moe", "a", tmp_path / "a"))
+    torch.testing.assert_close(transformers_logprobs(model, prompts), ours, rtol=0, atol=1e-4)
+
+
 def test_activated_lora_leaves_the_prompt_alone(one_rank, tmp_path):
     """The same factors as plain LoRA compute something else: the equality above is about the adapted span too."""
     bank = _bank(one_rank(*EXPERTS), "qwen3", _adapter("completion"))
@@ -266,6 +276,22 @@ def test_broken_or_unfitting_folders_are_refused(bank_and_folder, damage):
     with pytest.raises(UserError, match=f"adapter .*: .*{message}.*; "):
         load_peft_adapter(bank, "teacher", folder)
     assert "teacher" not in bank.slots
+
+
+def test_a_moe_layer_has_no_mlp_of_its_own_to_adapt(one_rank, tmp_path):
+    """In the other layers it may be; a name that nothing reads is refused, not dropped."""
+    bank = make_bank(one_rank("a"), _encoder("qwen3_moe").spec, _adapter())
+    folder = _export(bank, "qwen3_moe", "a", tmp_path / "a")
+    load_peft_adapter(bank, "again", folder)
+    assert bank.parameters_of("again").keys() == bank.parameters_of("a").keys()
+    assert "layers.2.mlp.up_proj.lora_A" in bank.parameters_of("a")
+    tensors = load_file(folder / WEIGHTS)
+    for factor in "AB":
+        name = f"base_model.model.model.layers.2.mlp.up_proj.lora_{factor}.weight"
+        tensors[name.replace("layers.2", "layers.1")] = tensors[name].clone()
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(UserError, match="'layers.1.mlp.up_proj.lora_.' belongs to no linear of the backbone"):
+        load_peft_adapter(bank, "other", folder)
 
 
 def test_scope_completion_wants_its_own_header(one_rank, tmp_path):
