@@ -15,6 +15,17 @@ Message = dict[str, Any]
 {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many squares?"}]}."""
 
 
+@dataclass(frozen=True)
+class FrameSample:
+    """Which frames of a video file were taken. Example: ``FrameSample((0, 12, 24), 25, 24.0)``."""
+
+    indices: tuple[int, ...]
+    total: int
+    """Frames of the file."""
+    fps: float
+    """Frames per second of the file."""
+
+
 @dataclass(frozen=True, eq=False)
 class Media:
     """One decoded image or video.
@@ -26,6 +37,11 @@ class Media:
     pixels: np.ndarray
     fps: float = 2.0
     """Frames per second of ``pixels``; only read for videos."""
+    sample: FrameSample | None = None
+    """Where the frames come from, for families that show the model their times; None: evenly spaced at ``fps``."""
+    pixel_budget: tuple[int | None, int | None] = (None, None)
+    """(least, most) pixels that it is scaled to, as the family's processor means them (Qwen3-VL: a video over all its
+    frames); None: the processor's own."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from copd_megatron import __version__
 from copd_megatron.launch import environment
+from copd_megatron.launch.row_arguments import add_row_commands
 
 OTHER_RANKS_WAIT_S = 2.0
 """Ranks above 0 report an error this much later: one that all ranks share is shown once, by rank 0, whose end
@@ -26,8 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     environment.set_defaults()
     try:
-        commands = importlib.import_module("copd_megatron.launch.commands")
-        return getattr(commands, options.command)(options)
+        options.arguments = list(sys.argv[1:] if arguments is None else arguments)
+        module, _, function = options.command.rpartition(":")
+        commands = importlib.import_module(f"copd_megatron.launch.{module or 'commands'}")
+        return getattr(commands, function)(options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader, e.g. `copd config | head`, has seen enough
@@ -64,7 +67,8 @@ def _report(line: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``command`` to the name of its function in `launch.commands`."""
+    """The parser of all commands; each sets ``command`` to the name of its function in `launch.commands`, or to
+    "module:function" of another module beside it."""
     parser = argparse.ArgumentParser(
         prog="copd",
         description="Co-evolving policy distillation: experts on one frozen backbone teach each other.",
@@ -113,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="also write the results there")
 
     _add_run_folders(commands)
+    add_row_commands(lambda *command: _command(commands, *command), _positive)
     _add_planning(commands)
     _command(
         commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them"

@@ -32,7 +32,7 @@ def train(options: argparse.Namespace) -> int:
     run_dir = Path(options.run_dir) if options.run_dir else RUNS / Path(options.recipe).stem
     if is_first_rank():
         run_folder.check_startable(run_dir, options.resume)
-    _prepare()
+    prepare()
     from copd_megatron.trainer.build import build_trainer
 
     trainer = build_trainer(config, run_dir, options.resume)
@@ -40,7 +40,7 @@ def train(options: argparse.Namespace) -> int:
         _record_start(run_dir, options, resume_step=trainer.step if options.resume else None)
     trainer.run()
     trainer.groups.destroy()
-    _leave()
+    leave()
     return 0
 
 
@@ -68,11 +68,11 @@ def _record_start(run_dir: Path, options: argparse.Namespace, resume_step: int |
 def preview(options: argparse.Namespace) -> int:
     """Show rendered prompts, sampled answers and their rewards."""
     config = _configured(options)
-    _prepare()
+    prepare()
     from copd_megatron.trainer.preview import preview as show
 
     show(config, options.n)
-    _leave()
+    leave()
     return 0
 
 
@@ -88,7 +88,7 @@ def evaluate(options: argparse.Namespace) -> int:
         run_dir = run_folder.existing_run(target)
         config = run_folder.config_of(run_dir)
     config = apply_overrides(config, [*options.overrides, *_evaluation_overrides(options)])
-    _prepare()
+    prepare()
     from copd_megatron.metrics.accuracy import policy_table_text
     from copd_megatron.trainer.evaluate import evaluate_run
 
@@ -97,7 +97,7 @@ def evaluate(options: argparse.Namespace) -> int:
         print(policy_table_text(results))
         if options.json:
             Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
-    _leave()
+    leave()
     return 0
 
 
@@ -183,7 +183,7 @@ def plan(options: argparse.Namespace) -> int:
 
     config = _configured(options)
     hardware = load_hardware(options.hardware)
-    _prepare()
+    prepare()
     from copd_megatron.launch import plan as planning
     from copd_megatron.simulate.search import search
 
@@ -209,7 +209,7 @@ def plan(options: argparse.Namespace) -> int:
 
 def calibrate(options: argparse.Namespace) -> int:
     """Measure what the ranks of this machine do, and write it for `plan`."""
-    _prepare()
+    prepare()
     from copd_megatron.launch.calibrate import measure, summary
     from copd_megatron.metrics.sinks import replace_file
 
@@ -217,7 +217,7 @@ def calibrate(options: argparse.Namespace) -> int:
     if is_first_rank():
         replace_file(Path(options.out), hardware.to_json().encode())
         print(f"{summary(hardware)}\nwritten: {options.out}")
-    _leave()
+    leave()
     return 0
 
 
@@ -243,7 +243,7 @@ def _configured(options: argparse.Namespace) -> RunConfig:
     return apply_overrides(load_recipe(options.recipe), options.overrides)
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """What must be in order before Megatron-Core is imported: logging, and no part that breaks it."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("copd_megatron").setLevel(logging.INFO if is_first_rank() else logging.ERROR)
@@ -254,7 +254,7 @@ def _prepare() -> None:
     refuse_harmful_parts(torch.cuda.is_available())
 
 
-def _leave() -> None:
+def leave() -> None:
     """Part from the other ranks. Not after an error: they may still wait in a collective."""
     from copd_megatron.parallel.groups import shutdown_distributed
 

@@ -27,3 +27,17 @@ def rank() -> int:
 def is_first_rank() -> bool:
     """Whether this process speaks for the whole run: it prints and writes, the others keep quiet."""
     return rank() == 0
+
+
+def started_as_rank() -> bool:
+    """Whether torchrun, or another process of ours, started this one as a rank."""
+    return "RANK" in os.environ
+
+
+def of_rank(number: int, count: int, port: int) -> dict[str, str]:
+    """The environment of rank ``number`` of ``count`` on this machine, whose store listens on ``port``."""
+    cores = len(os.sched_getaffinity(0))
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // count))} if "OMP_NUM_THREADS" not in os.environ else {}
+    return os.environ | threads | {
+        "RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

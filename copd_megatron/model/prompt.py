@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,11 +46,12 @@ class PromptEncoder:
     Example: ``PromptEncoder("backbones/tiny").encode(item, domain="image")``.
     """
 
-    def __init__(self, path: str | Path, template_args: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: str | Path, template_args: dict[str, Any] | None = None, text_only: bool = False) -> None:
         """Load tokenizer, chat template and, for visual backbones, the processor; no weights.
 
         Args:
             template_args: extra variables of the chat template, e.g. {"enable_thinking": False}.
+            text_only: a directory without chat template will do; then only ``encode_text`` works.
 
         Raises:
             UserError: a file is missing or broken, there is no chat template or stop token, or the tokenizer
@@ -61,7 +62,7 @@ class PromptEncoder:
         self._processor = self._load(AutoProcessor) if self.spec.is_visual else None
         self.tokenizer = self._processor.tokenizer if self.spec.is_visual else self._load(AutoTokenizer)
         self._template = getattr(self._processor, "chat_template", None) or self.tokenizer.chat_template
-        if not self._template:
+        if not self._template and not text_only:
             raise UserError(f"model.path: {path} has no chat template; prompts are rendered by it; add the "
                             "chat_template.jinja of the model")
         largest = max(self.tokenizer.get_vocab().values())
@@ -70,17 +71,33 @@ class PromptEncoder:
                             f"{self.spec.vocab_size} tokens; they must belong together; copy the tokenizer "
                             "anew")
         self.stop_token_ids: tuple[int, ...] = self._find_stop_tokens()
-        self.header_token_ids: tuple[int, ...] = self._find_header()
+        self.header_token_ids: tuple[int, ...] = self._find_header() if self._template else ()
         if self.spec.is_visual:
             self._media = _MediaReader(self._processor, load_hf_config(path), self.spec.family)
 
     def encode(self, item: TaskItem, domain: str) -> Prompt:
-        """The prompt of a question, generation header included.
+        """The prompt of a question by the chat template, generation header included.
 
         Raises UserError naming ``item.key`` if its media do not fit its messages, the backbone cannot see, or
         a picture cannot be processed.
         """
+        if not self._template:
+            raise _unusable(item, f"it has messages, but {self.path} has no chat template",
+                            "give a prompt, or add the model's chat_template.jinja")
         text = self._render(self._messages(item), header=True)
+        prompt = self.encode_text(item, text, domain)
+        header = len(self.header_token_ids)
+        if header and tuple(prompt.token_ids[-header:]) != self.header_token_ids:
+            raise _unusable(item, "its rendered messages do not end with the generation header",
+                            "end the messages with a user turn")
+        return replace(prompt, header_tokens=header)
+
+    def encode_text(self, item: TaskItem, text: str, domain: str) -> Prompt:
+        """The prompt that is ``text`` as it stands: no template, no tokens added, no header (``header_tokens`` is 0).
+
+        The media of ``item`` replace the family's placeholders in the text, e.g. <|vision_start|><|image_pad|>
+        <|vision_end|>, in their order. Raises UserError as ``encode``, and where the text has no tokens.
+        """
         visual = None
         if self.spec.is_visual:
             text, visual = self._media.expand(item, text)
@@ -88,16 +105,25 @@ class PromptEncoder:
             raise _unusable(item, f"it has media, but family {self.spec.family} reads text only",
                             f"use a backbone that sees ({', '.join(_POSITIONS)}) or a task without media")
         token_ids = np.asarray(self.tokenize(text), np.int64)
-        header = len(self.header_token_ids)
-        if header and tuple(token_ids[-header:]) != self.header_token_ids:
-            raise _unusable(item, "its rendered messages do not end with the generation header",
-                            "end the messages with a user turn")
+        if not len(token_ids):
+            raise _unusable(item, "its prompt has no tokens", "write at least one")
         positions, next_position, visual_index = self._positions(token_ids, visual)
         self.spec.rope.check_length(max(next_position, int(positions.max()) + 1), f"prompt {item.key!r}")
         return Prompt(
             key=item.key, domain=domain, token_ids=token_ids, position_ids=positions,
             next_position=next_position, visual=visual, visual_index=visual_index,
-            header_tokens=header, content_hash=content_hash(token_ids, visual), item=item)
+            header_tokens=0, content_hash=content_hash(token_ids, visual), item=item)
+
+    @property
+    def frame_rule(self) -> Literal["qwen3_vl", "qwen2_vl"]:
+        """Whose arithmetic picks the frames of a video, see ``tasks.frames``: that of the directory's processor."""
+        name = type(self._processor.video_processor).__name__ if self.spec.is_visual else ""
+        return "qwen2_vl" if name.startswith("Qwen2") else "qwen3_vl"
+
+    def placeholders(self, text: str) -> tuple[str, ...]:
+        """"image" or "video" for each placeholder of the family in a text, in order; empty for families that read
+        text only."""
+        return self._media.shown(text) if self.spec.is_visual else ()
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of rendered text, special tokens parsed and none added (for an environment's turns)."""
@@ -218,11 +244,15 @@ class _MediaReader:
         self.kind_of = {token: kind for kind, token in tokens.items()}
         self.placeholder = re.compile("|".join(map(re.escape, self.kind_of)))
 
+    def shown(self, text: str) -> tuple[str, ...]:
+        """Kind of each placeholder in a text."""
+        return tuple(self.kind_of[token] for token in self.placeholder.findall(text))
+
     def expand(self, item: TaskItem, text: str) -> tuple[str, VisualInputs | None]:
         """Rendered text with one placeholder token per visual feature, and the patches; None without
         media."""
         order = tuple(media.kind for media in item.media)
-        shown = tuple(self.kind_of[token] for token in self.placeholder.findall(text))
+        shown = self.shown(text)
         if shown != order:
             raise _unusable(item, f"its messages show {list(shown)} but its media are {list(order)}",
                             "give one medium for each image or video part, in the same order")
@@ -250,7 +280,7 @@ class _MediaReader:
         pictures = [_pixels(item, media, 3) for media in item.media if media.kind == "image"]
         try:
             out = self.processor.image_processor(images=pictures, input_data_format="channels_first",
-                                                 return_tensors="pt")
+                                                 return_tensors="pt", **_size(self.processor.image_processor, item, "image"))
         except ValueError as error:
             raise _unusable(item, f"an image cannot be processed ({error})", "mend or drop it") from error
         texts = [self.processor.replace_image_token(out, index) for index in range(len(pictures))]
@@ -259,13 +289,12 @@ class _MediaReader:
     def _videos(self, item: TaskItem) -> _Processed:
         videos = [media for media in item.media if media.kind == "video"]
         frames = [_pixels(item, media, 4) for media in videos]
-        about = [VideoMetadata(total_num_frames=len(pixels), fps=media.fps,
-                               frames_indices=list(range(len(pixels))))
-                 for pixels, media in zip(frames, videos)]
+        about = [_metadata(len(pixels), media) for pixels, media in zip(frames, videos)]
         try:
             out = self.processor.video_processor(
                 videos=frames, video_metadata=about, do_sample_frames=False, return_metadata=True,
-                input_data_format="channels_first", return_tensors="pt")
+                input_data_format="channels_first", return_tensors="pt",
+                **_size(self.processor.video_processor, item, "video"))
         except ValueError as error:
             raise _unusable(item, f"a video cannot be processed ({error})", "mend or drop it") from error
         texts = [self.processor.replace_video_token(out, index) for index in range(len(videos))]
@@ -275,6 +304,30 @@ class _MediaReader:
             step = self.processor.video_processor.temporal_patch_size
             seconds = np.array([step / video.sampled_fps for video in out["video_metadata"]])
         return _Processed(patches.float().numpy(), grids.long().numpy(), texts, seconds)
+
+
+def _metadata(frames: int, media: Media) -> VideoMetadata:
+    """What the processor wants to know of a video that is decoded already."""
+    if media.sample is None:
+        return VideoMetadata(total_num_frames=frames, fps=media.fps, frames_indices=list(range(frames)))
+    return VideoMetadata(total_num_frames=media.sample.total, fps=media.sample.fps,
+                         frames_indices=list(media.sample.indices))
+
+
+def _size(processor: Any, item: TaskItem, kind: str) -> dict[str, Any]:
+    """The argument that gives a processor the pixel budget of an item's media, if they have one."""
+    budgets = {media.pixel_budget for media in item.media if media.kind == kind}
+    if len(budgets) > 1:
+        raise _unusable(item, f"its {kind}s have different pixel budgets {sorted(map(str, budgets))}", "give one to all")
+    least, most = budgets.pop()
+    if least is most is None:
+        return {}
+    least = processor.size["shortest_edge"] if least is None else least
+    most = processor.size["longest_edge"] if most is None else most
+    if least > most:
+        raise _unusable(item, f"its {kind}s shall have at least {least} and at most {most} pixels",
+                        "one of them is the processor's own; give both")
+    return {"size": {"shortest_edge": least, "longest_edge": most}}
 
 
 def _pixels(item: TaskItem, media: Media, dims: int) -> torch.Tensor:

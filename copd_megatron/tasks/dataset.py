@@ -16,7 +16,8 @@ import numpy as np
 
 from copd_megatron.tasks.answer import extract_answer, parse_verifier, score_answer
 from copd_megatron.tasks.base import Split
-from copd_megatron.tasks.media import DEFAULT_FPS, check_image, check_video, load_image, load_video
+from copd_megatron.tasks.frames import Budget, FrameRule, MediaRules
+from copd_megatron.tasks.media import check, load
 from copd_megatron.tasks.row_format import FIELDS, FieldError, Medium, RowFormat
 from copd_megatron.tasks.rows import Rows, read_rows
 from copd_megatron.types import Media, TaskItem, UserError
@@ -46,7 +47,8 @@ class DatasetTask:
     def __init__(self, path: str | Path, *, columns: Mapping[str, str | None] | None = None,
                  verifier: str | Mapping[str, Any] = "math", held_out: float | str | Path = 0.1,
                  seed: int = 0, name: str | None = None, instruction: str = "", check_media: bool = True,
-                 fps: float = DEFAULT_FPS, max_frames: int = 64) -> None:
+                 fps: float = 2.0, min_frames: int = 4, max_frames: int = 768, frame_rule: FrameRule = "qwen3_vl",
+                 image_pixels: Budget = (None, None), video_pixels: Budget = (None, None)) -> None:
         """Read and check every row.
 
         Args:
@@ -58,8 +60,7 @@ class DatasetTask:
             name: first part of the keys; None: the file's stem.
             instruction: appended to the last user message of every row, on a line of its own.
             check_media: open every image and video now; False trusts them.
-            fps: frames per second that are read from video files.
-            max_frames: most frames of one video.
+            fps, min_frames, max_frames, frame_rule, image_pixels, video_pixels: see ``frames.MediaRules``.
 
         Raises:
             UserError: the file or a row is wrong (file, row and field are named), or a split would be empty.
@@ -72,11 +73,12 @@ class DatasetTask:
             self._format = RowFormat(dict(columns or {}), parse_verifier(verifier), instruction)
         except ValueError as error:
             raise UserError(f"task_args.verifier: {error}; correct it") from error
-        if not fps > 0 or max_frames < 1:
-            raise UserError(f"task_args.fps and max_frames: {fps} and {max_frames} were given; allowed are "
-                            "numbers above 0; raise them")
+        try:
+            self._rules = MediaRules(fps, min(min_frames, max_frames), max_frames, frame_rule, tuple(image_pixels),
+                                     tuple(video_pixels))
+        except ValueError as error:
+            raise UserError(f"task_args: {error}; correct it") from error
         self.name = Path(path).stem if name is None else name
-        self._fps, self._max_frames = fps, max_frames
         train = self._read(Path(path), "task_args.path", seed, check_media)
         if isinstance(held_out, (str, Path)):
             other = self._read(Path(held_out), "task_args.held_out", seed, check_media)
@@ -131,7 +133,7 @@ class DatasetTask:
             try:
                 question = self._format.parse(rows[index])
                 for medium in question.media if check_media else ():
-                    _check(medium, path.parent)
+                    _check_medium(medium, path.parent)
                 return question.digest(seed)
             except FieldError as error:
                 return error
@@ -151,16 +153,14 @@ class DatasetTask:
 
     def _decode(self, medium: Medium, folder: Path) -> Media:
         try:
-            if medium.kind == "image":
-                return load_image(medium.source, folder)
-            return load_video(medium.source, folder, fps=self._fps, max_frames=self._max_frames)
+            return load(medium.kind, medium.source, folder, self._rules)
         except ValueError as error:
             raise FieldError(medium.field, str(error)) from error
 
 
-def _check(medium: Medium, folder: Path) -> None:
+def _check_medium(medium: Medium, folder: Path) -> None:
     try:
-        (check_image if medium.kind == "image" else check_video)(medium.source, folder)
+        check(medium.kind, medium.source, folder)
     except ValueError as error:
         raise FieldError(medium.field, str(error)) from error
 

@@ -1,9 +1,10 @@
 """Images and videos of dataset rows: checked when the run starts, decoded when a question is asked.
 
 A source is what a row holds. Image: a path (relative ones start at the file's folder), bytes, a base64 data
-URI, or {"path":, "bytes":} as Hugging Face datasets store it. Video: the same four, {"video": source}, or a
-list of images (its frames), also as {"frames": [...], "fps": 4}. Every problem is a ValueError; callers say
-where it is.
+URI, {"path":, "bytes":} as Hugging Face datasets store it, or {"image": source}. Video: the same four,
+{"video": source}, or a list of images (its frames), also as {"frames": [...], "fps": 4}. A source that is a dict may
+change the rules for itself: {"video": "a.mp4", "fps": 1, "max_pixels": 200000}. Every problem is a ValueError;
+callers say where it is.
 """
 from __future__ import annotations
 
@@ -18,12 +19,24 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from copd_megatron.types import Media
+from copd_megatron.tasks.frames import MediaRules
+from copd_megatron.types import FrameSample, Media
 
-DEFAULT_FPS = 2.0
-"""Frames per second that are taken from a video file, and those of a list of frames that does not say."""
+DEFAULT_RULES = MediaRules()
+LIST_FPS = 2.0
+"""Frames per second of a list of frames that does not say."""
 
 _PIL_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)  # the PNG reader raises SyntaxError
+
+
+def check(kind: str, source: Any, folder: Path) -> None:
+    """``check_image`` or ``check_video``."""
+    (check_image if kind == "image" else check_video)(source, folder)
+
+
+def load(kind: str, source: Any, folder: Path, rules: MediaRules = DEFAULT_RULES) -> Media:
+    """``load_image`` or ``load_video``."""
+    return (load_image if kind == "image" else load_video)(source, folder, rules)
 
 
 def check_image(source: Any, folder: Path) -> None:
@@ -36,11 +49,12 @@ def check_image(source: Any, folder: Path) -> None:
         raise ValueError(_reason(source, "image", error)) from error
 
 
-def load_image(source: Any, folder: Path) -> Media:
+def load_image(source: Any, folder: Path, rules: MediaRules = DEFAULT_RULES) -> Media:
     """Decode to RGB, upright by its EXIF entry, transparent pixels on white. Pixels are [H, W, 3] uint8."""
+    rules = rules.for_source("image", source)
     try:
         with Image.open(_opened(source, folder)) as image:
-            return Media("image", _to_rgb(ImageOps.exif_transpose(image)))
+            return Media("image", _to_rgb(ImageOps.exif_transpose(image)), pixel_budget=rules.image_pixels)
     except _PIL_ERRORS as error:
         raise ValueError(_reason(source, "image", error)) from error
 
@@ -55,7 +69,7 @@ def check_video(source: Any, folder: Path) -> None:
     import av
 
     try:
-        with av.open(_opened(_file_of(source), folder)) as container:
+        with av.open(_opened(source, folder)) as container:
             if not container.streams.video:
                 raise ValueError(f"{_shown(source)} holds no video stream")
             next(container.decode(video=0))
@@ -63,54 +77,60 @@ def check_video(source: Any, folder: Path) -> None:
         raise ValueError(_reason(source, "video", error)) from error
 
 
-def load_video(source: Any, folder: Path, *, fps: float = DEFAULT_FPS, max_frames: int = 64) -> Media:
-    """Decode a video to [frames, H, W, 3] uint8 with the ``fps`` of these frames.
+def load_video(source: Any, folder: Path, rules: MediaRules = DEFAULT_RULES) -> Media:
+    """Decode a video to [frames, H, W, 3] uint8 with the frames per second of these frames.
 
-    A file is read at ``fps``, or slower where it holds fewer or that would be over ``max_frames`` frames. A
-    list of frames is taken whole, or evenly thinned to ``max_frames``; its frames must share one size.
+    Of a file the frames that ``rules`` pick. A list of frames is taken whole, or evenly thinned to ``max_frames``; its
+    frames must share one size.
     """
     frames, frames_fps = _frame_list(source)
+    if frames is not None and isinstance(source, Mapping):
+        source = {**source, "fps": None}  # there it says what the frames are, not what to take
+    rules = rules.for_source("video", source)
     if frames is not None:
-        kept = np.linspace(0, len(frames) - 1, min(len(frames), max_frames)).round().astype(int)
+        kept = np.linspace(0, len(frames) - 1, min(len(frames), rules.max_frames)).round().astype(int)
         pixels = [load_image(frames[index], folder).pixels for index in kept]
         if len({frame.shape for frame in pixels}) > 1:
             raise ValueError(f"frames of different sizes {sorted({frame.shape[:2] for frame in pixels})}")
-        return Media("video", np.stack(pixels), frames_fps * len(kept) / len(frames))
+        return Media("video", np.stack(pixels), frames_fps * len(kept) / len(frames), pixel_budget=rules.video_pixels)
     import av
 
     try:
-        with av.open(_opened(_file_of(source), folder)) as container:
-            length_s, count = _length_of(container)
-        interval_s = max(1 / fps, length_s / min(max_frames, max(count, 1)))
-        with av.open(_opened(_file_of(source), folder)) as container:
-            pixels = _frames_every(container, interval_s)[:max_frames]
+        with av.open(_opened(source, folder)) as container:
+            total, fps = _length_of(container)
+        wanted = rules.frames_of(max(total, 1), fps)
+        with av.open(_opened(source, folder)) as container:
+            found, pixels = _frames_at(container, wanted)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(_reason(source, "video", error)) from error
     if not pixels:
         raise ValueError(f"{_shown(source)} holds no frame that decodes")
-    return Media("video", np.stack(pixels), 1 / interval_s)
+    sample = FrameSample(tuple(found), total, fps)
+    return Media("video", np.stack(pixels), len(found) / total * fps, sample, rules.video_pixels)
 
 
-def _length_of(container: Any) -> tuple[float, int]:
-    """Seconds and frames of a video, counted from its packets: containers do not always know, or lie."""
+def _length_of(container: Any) -> tuple[int, float]:
+    """Frames of a video, counted from its packets (containers do not always know, or lie), and how many a second."""
     stream = container.streams.video[0]
     packets = [packet for packet in container.demux(stream) if packet.pts is not None]
-    if not packets:
-        return 0.0, 0
+    if stream.average_rate or not packets:
+        return len(packets), float(stream.average_rate or LIST_FPS)
     end = max(packet.pts + (packet.duration or 0) for packet in packets)
-    return float((end - min(packet.pts for packet in packets)) * stream.time_base), len(packets)
+    length_s = float((end - min(packet.pts for packet in packets)) * stream.time_base)
+    return len(packets), len(packets) / length_s if length_s > 0 else LIST_FPS
 
 
-def _frames_every(container: Any, interval_s: float) -> list[np.ndarray]:
-    """The first frame at or after each multiple of the interval; a late one stands for all it covers."""
-    pixels, next_s, first_s = [], 0.0, None
-    for frame in container.decode(video=0):
-        time_s = frame.time if frame.time is not None else next_s
-        first_s = time_s if first_s is None else first_s
-        if time_s - first_s >= next_s - 1e-6:
-            pixels.append(frame.to_ndarray(format="rgb24"))
-            next_s = (math.floor((time_s - first_s) / interval_s + 1e-6) + 1) * interval_s
-    return pixels
+def _frames_at(container: Any, indices: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+    """The frames at ascending indices, as far as the video decodes, and their indices."""
+    wanted, found, pixels = set(indices.tolist()), [], []
+    for index, frame in enumerate(container.decode(video=0)):
+        if index in wanted:
+            found.append(index)
+            # One thread: PyAV keeps its converter's threads for later calls, and a forked process lacks them.
+            pixels.append(frame.to_ndarray(format="rgb24", threads=1))
+        if index >= indices[-1]:
+            break
+    return found, pixels
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -124,9 +144,11 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 def _frame_list(source: Any) -> tuple[Sequence[Any] | None, float]:
     """The frames and their rate, (None, ...) if the source is a file."""
-    fps = DEFAULT_FPS
+    fps = LIST_FPS
+    if isinstance(source, Mapping) and isinstance(source.get("video"), list):
+        source = {**source, "frames": source["video"]}
     if isinstance(source, Mapping) and source.get("frames") is not None:
-        fps = DEFAULT_FPS if source.get("fps") is None else float(source["fps"])
+        fps = LIST_FPS if source.get("fps") is None else float(source["fps"])
         source = source["frames"]
     if isinstance(source, (str, bytes, Mapping)) or not isinstance(source, Sequence):
         return None, fps
@@ -138,13 +160,17 @@ def _frame_list(source: Any) -> tuple[Sequence[Any] | None, float]:
 
 
 def _file_of(source: Any) -> Any:
-    return source["video"] if isinstance(source, Mapping) and source.get("video") is not None else source
+    """The path, address or bytes of a source."""
+    if not isinstance(source, Mapping):
+        return source
+    if source.get("bytes") is not None:
+        return source["bytes"]
+    return next((_file_of(source[key]) for key in ("image", "video", "path", "url") if source.get(key) is not None), None)
 
 
 def _opened(source: Any, folder: Path) -> BinaryIO | str:
     """What PIL and PyAV open: a buffer or a path."""
-    if isinstance(source, Mapping):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    source = _file_of(source)
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
     if isinstance(source, str) and source.startswith("data:"):
@@ -153,6 +179,7 @@ def _opened(source: Any, folder: Path) -> BinaryIO | str:
         except binascii.Error as error:
             raise ValueError(f"a data URI that is no base64: {error}") from error
     if isinstance(source, str) and source:
+        source = source.removeprefix("file://")
         if "://" in source:
             raise ValueError(f"{_shown(source)} is an address; media are read from local files; download it")
         path = folder / source
@@ -165,7 +192,7 @@ def _opened(source: Any, folder: Path) -> BinaryIO | str:
 def _shown(source: Any) -> str:
     """A source as an error names it, never its bytes."""
     if isinstance(source, Mapping):
-        source = source.get("path") or source.get("video") or source.get("bytes")
+        source = source.get("path") or _file_of(source)
     if isinstance(source, (bytes, bytearray)):
         return f"a value of {len(source)} bytes"
     text = repr(source)

@@ -1,7 +1,8 @@
 """The normal form of a dataset row: a chat whose media have places, a reference answer, a verifier.
 
 ``prompt`` (or ``messages``) may name the places itself, by parts {"type": "image"} or by tags ``<image>`` and
-``<video>`` in its text; if it names none, the media stand before the text of the last message.
+``<video>`` in its text; if it names none, the media stand before the text of the last message. A part may also hold
+its medium itself: {"type": "image", "image": "cats/3.png"}, {"type": "image_url", "image_url": {"url": ...}}.
 """
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ from copd_megatron.types import Message
 
 FIELDS = ("prompt", "messages", "images", "videos", "answer", "verifier")
 ROLES = ("system", "user", "assistant", "tool")
-_FIELD_OF = {"image": "images", "video": "videos"}
+FIELD_OF = {"image": "images", "video": "videos"}
+"""Kind of a medium -> the field that lists its sources."""
+_IN_PLACE = ("image", "video", "path", "url")
+"""Keys under which a part holds its medium itself."""
 _TAG = re.compile(r"<(image|video)>")
 
 
@@ -41,7 +45,7 @@ class Medium:
     @property
     def field(self) -> str:
         """The row's field that holds it."""
-        return _FIELD_OF[self.kind]
+        return FIELD_OF[self.kind]
 
 
 @dataclass(frozen=True)
@@ -93,14 +97,26 @@ class RowFormat:
             check_reference(verifier, value["answer"])
         except ValueError as error:
             raise FieldError("answer", str(error)) from error
-        sources = {kind: _source_list(value[field]) for kind, field in _FIELD_OF.items()}
-        messages = _messages(value["prompt"], value["messages"], has_media=any(sources.values()))
-        media = _place_media(messages, sources)
+        messages, media = read_chat(value)
         if self.instruction:
             _append_text(messages[-1], self.instruction)
         fields = {self.column(field) for field in FIELDS}
         extra = {name: content for name, content in row.items() if name not in fields and content is not None}
         return Question(messages, media, value["answer"], verifier, extra)
+
+
+def read_chat(value: Mapping[str, Any]) -> tuple[list[Message], list[Medium]]:
+    """Messages in normal form, and their media in the order of their places.
+
+    Args:
+        value: prompt or messages, and images and videos if there are any.
+
+    Raises:
+        FieldError: the first field that is wrong.
+    """
+    sources = {kind: source_list(value.get(field)) for kind, field in FIELD_OF.items()}
+    messages = _messages(value.get("prompt"), value.get("messages"), has_media=any(sources.values()))
+    return messages, _place_media(messages, sources)
 
 
 def _value_at(row: Mapping[str, Any], column: str | None) -> Any:
@@ -113,7 +129,7 @@ def _value_at(row: Mapping[str, Any], column: str | None) -> Any:
     return value
 
 
-def _source_list(value: Any) -> list[Any]:
+def source_list(value: Any) -> list[Any]:
     """A field of media as a list: a single path, bytes or struct stands for itself."""
     if value is None:
         return []
@@ -158,17 +174,21 @@ def _message(message: Any, where: str, field: str, split_tags: bool) -> Message:
     return {"role": message["role"], "content": parts}
 
 
-def _parts(part: Any, where: str, field: str, split_tags: bool) -> list[dict[str, str]]:
-    """A content part in normal form; a text with tags becomes several."""
+def _parts(part: Any, where: str, field: str, split_tags: bool) -> list[dict[str, Any]]:
+    """A content part in normal form, a medium of its own as "source"; a text with tags becomes several."""
     given = dict(part) if isinstance(part, Mapping) else {}
     # Parquet fills structs with null.
     given = {key: value for key, value in given.items() if value is not None}
-    kind = given.get("type")
-    if kind in _FIELD_OF and len(given) == 1:
-        return [{"type": kind}]
-    if kind in _FIELD_OF:
-        raise FieldError(field, f"{where} holds its {kind} in place; allowed is {{'type': '{kind}'}} and the "
-                                f"{kind} in field '{_FIELD_OF[kind]}'")
+    kind = given.pop("type", None)
+    if kind in ("image_url", "video_url"):
+        kind, given = kind.removesuffix("_url"), _url_source(given.get(kind))
+    if kind in FIELD_OF:
+        if not given:
+            return [{"type": kind}]
+        if sum(key in given for key in _IN_PLACE) != 1:
+            raise FieldError(field, f"{where} has the part {str(part)[:60]!r}; allowed is {{'type': '{kind}'}} with the "
+                                    f"{kind} in field '{FIELD_OF[kind]}', or one of {list(_IN_PLACE)} in the part")
+        return [{"type": kind, "source": given}]
     if kind != "text" or not isinstance(given.get("text"), str):
         raise FieldError(field, f"{where} has the part {str(part)[:60]!r}; allowed are "
                                 "{'type': 'text', 'text':}, {'type': 'image'} and {'type': 'video'}")
@@ -179,6 +199,11 @@ def _parts(part: Any, where: str, field: str, split_tags: bool) -> list[dict[str
             for place, piece in enumerate(pieces) if piece]
 
 
+def _url_source(url: Any) -> dict[str, Any]:
+    """OpenAI's {"url": address}, which may be the address alone."""
+    return {"url": url.get("url") if isinstance(url, Mapping) else url}
+
+
 def _texts(message: Message) -> str:
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
@@ -187,19 +212,21 @@ def _texts(message: Message) -> str:
 def _place_media(messages: list[Message], sources: Mapping[str, list[Any]]) -> list[Medium]:
     """Give every medium its place, in ``messages`` if these name none; returns them in the order of the
     places."""
-    places = [part["type"] for message in messages if not isinstance(message["content"], str)
-              for part in message["content"] if part["type"] in _FIELD_OF]
+    places = [part for message in messages if not isinstance(message["content"], str)
+              for part in message["content"] if part["type"] in FIELD_OF]
     if not places and any(sources.values()):
-        places = [kind for kind, given in sources.items() for _ in given]
+        places = [{"type": kind} for kind, given in sources.items() for _ in given]
         text = messages[-1]["content"]
         parts = [{"type": "text", "text": text}] if isinstance(text, str) else text
-        messages[-1]["content"] = [{"type": kind} for kind in places] + parts
+        messages[-1]["content"] = places + parts
     for kind, given in sources.items():
-        if places.count(kind) != len(given):
-            raise FieldError(_FIELD_OF[kind], f"{len(given)} given, but the text has places for "
-                                              f"{places.count(kind)}; allowed is one for each")
+        bare = sum(part == {"type": kind} for part in places)
+        if bare != len(given):
+            raise FieldError(FIELD_OF[kind], f"{len(given)} given, but the text has places for "
+                                             f"{bare}; allowed is one for each")
     waiting = {kind: iter(given) for kind, given in sources.items()}
-    return [Medium(kind, next(waiting[kind])) for kind in places]
+    return [Medium(part["type"], part.pop("source") if "source" in part else next(waiting[part["type"]]))
+            for part in places]
 
 
 def _append_text(message: Message, text: str) -> None:

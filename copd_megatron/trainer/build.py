@@ -14,6 +14,7 @@ from copd_megatron.checkpoint.peft import load_peft_adapter
 from copd_megatron.checkpoint.warm_start import start_expert
 from copd_megatron.config.loading import to_json
 from copd_megatron.config.losses import RlvrConfig
+from copd_megatron.config.model import ModelConfig
 from copd_megatron.config.reference import resolve_object
 from copd_megatron.config.run import RunConfig
 from copd_megatron.exchange.schedule import Schedule
@@ -102,7 +103,7 @@ def build_policies(config: RunConfig) -> Policies:
         load_peft_adapter(backbone.bank, REFERENCE, reference, invocation)
     for name, folder in teachers.items():
         load_peft_adapter(backbone.bank, name, folder, invocation)
-    visual = _visual_features(config, backbone)
+    visual = visual_features(config.model, backbone)
     engine = MegatronEngine(backbone, groups, config.rollout, config.seed)
     collector = Collector(engine, encoder, tasks, scorers, visual, groups)
     return Policies(groups, backbone, Runner(backbone, groups, visual), encoder, tasks, source, collector)
@@ -138,11 +139,11 @@ def _check_questions(source: PromptSource) -> None:
                             "give the task held-out data")
 
 
-def _visual_features(config: RunConfig, backbone: Backbone) -> Callable[[Sequence[Prompt]], Visual | None]:
+def visual_features(model: ModelConfig, backbone: Backbone) -> Callable[[Sequence[Prompt]], Visual | None]:
     """The vision tower on stages that read its features; elsewhere nothing."""
     if not stage_needs_features(backbone.spec, backbone.layer_range):
         return lambda prompts: None
-    return VisionTower(config.model.path, DTYPES[config.model.dtype], device()).features
+    return VisionTower(model.path, DTYPES[model.dtype], device()).features
 
 
 def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Trainer:

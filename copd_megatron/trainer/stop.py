@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the run after the step in progress, on all ranks alike."""
+"""Ctrl-C and SIGTERM end the run after the step (or batch of rows) in progress, on all ranks alike."""
 from __future__ import annotations
 
 import logging
@@ -19,8 +19,9 @@ class StopRequest:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, groups: Groups):
-        self.groups, self._asked, self._before = groups, False, {}
+    def __init__(self, groups: Groups, part: str = "step"):
+        """``part``: what is finished first, as the message says it."""
+        self.groups, self.part, self._asked, self._before = groups, part, False, {}
 
     def __enter__(self) -> StopRequest:
         self._before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
@@ -35,7 +36,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self._asked = True
         if self.groups.is_main:
-            log.warning("stopping after this step; once more to stop at once")
+            log.warning("stopping after this %s; once more to stop at once", self.part)
 
     def requested(self) -> bool:
         """Whether any rank was asked; a collective, called at the end of each step."""
