@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from copd_megatron.checkpoint.peft import load_peft_adapter
 from copd_megatron.checkpoint.warm_start import start_expert
 from copd_megatron.config.loading import to_json
 from copd_megatron.config.losses import RlvrConfig
-from copd_megatron.config.model import ModelConfig
 from copd_megatron.config.reference import resolve_object
 from copd_megatron.config.run import RunConfig
 from copd_megatron.exchange.schedule import Schedule
@@ -23,21 +22,20 @@ from copd_megatron.metrics.recorder import Recorder
 from copd_megatron.metrics.rollout_writer import RolloutWriter
 from copd_megatron.metrics.sinks import replace_file
 from copd_megatron.metrics.timers import Timers
-from copd_megatron.model.backbone import DTYPES, Backbone, Visual
+from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.prompt import PromptEncoder
 from copd_megatron.model.translate import check_backbone, load_backbone_weights
-from copd_megatron.model.vision import VisionTower, stage_needs_features
 from copd_megatron.parallel.groups import Groups, init_distributed
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
-from copd_megatron.platform import device, setup_platform
+from copd_megatron.platform import setup_platform
 from copd_megatron.rollout.collector import Collector, sampling_params
 from copd_megatron.rollout.megatron_engine import MegatronEngine
 from copd_megatron.tasks.base import Task
 from copd_megatron.tasks.loading import build_task
 from copd_megatron.tasks.rewards import Scorer
 from copd_megatron.trainer.evaluator import Evaluator
-from copd_megatron.trainer.forward import Runner
+from copd_megatron.trainer.forward import Runner, visual_features
 from copd_megatron.trainer.learner import Learner
 from copd_megatron.trainer.milestones import Milestones
 from copd_megatron.trainer.opd_phase import CrossBatch
@@ -46,7 +44,7 @@ from copd_megatron.trainer.prompts import PromptSource
 from copd_megatron.trainer.rlvr_phase import NativeBatch
 from copd_megatron.trainer.scoring import REFERENCE, Scoring
 from copd_megatron.trainer.trainer import Trainer
-from copd_megatron.types import BACKBONE, Prompt, UserError
+from copd_megatron.types import BACKBONE, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,13 +135,6 @@ def _check_questions(source: PromptSource) -> None:
         if not source.held_out(domain, 1):
             raise UserError(f"experts.{domain}.task: its held-out split is empty; at least one question is needed; "
                             "give the task held-out data")
-
-
-def visual_features(model: ModelConfig, backbone: Backbone) -> Callable[[Sequence[Prompt]], Visual | None]:
-    """The vision tower on stages that read its features; elsewhere nothing."""
-    if not stage_needs_features(backbone.spec, backbone.layer_range):
-        return lambda prompts: None
-    return VisionTower(model.path, DTYPES[model.dtype], device()).features
 
 
 def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Trainer:

@@ -12,8 +12,10 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 from torch import Tensor
 
-from copd_megatron.model.backbone import Backbone, Visual
+from copd_megatron.config.model import ModelConfig
+from copd_megatron.model.backbone import DTYPES, Backbone, Visual
 from copd_megatron.model.shared_prefix import Pack, build_pack
+from copd_megatron.model.vision import VisionTower, stage_needs_features
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
 from copd_megatron.trainer.batching import Microbatch
@@ -73,3 +75,10 @@ class Runner:
             return forward_backward_no_pipelining(**common)
         return forward_backward_pipelining_without_interleaving(
             p2p_communicator=P2PCommunicator(self.groups.pp, self.backbone.config), **common)
+
+
+def visual_features(model: ModelConfig, backbone: Backbone) -> Callable[[Sequence[Prompt]], Visual | None]:
+    """The vision tower on stages that read its features; elsewhere nothing."""
+    if not stage_needs_features(backbone.spec, backbone.layer_range):
+        return lambda prompts: None
+    return VisionTower(model.path, DTYPES[model.dtype], device()).features

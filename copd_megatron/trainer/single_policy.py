@@ -19,8 +19,7 @@ from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.platform import setup_platform
 from copd_megatron.rollout.engine import VisualSource
-from copd_megatron.trainer.build import visual_features
-from copd_megatron.trainer.forward import Runner
+from copd_megatron.trainer.forward import Runner, visual_features
 
 ADAPTER = "adapter"
 """The policy's name in the bank, where it is not the backbone itself."""

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import av
 import numpy as np
+import peft
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.video_utils import load_video
 
-from copd_megatron.checkpoint.peft import save_peft_adapter
+from copd_megatron.checkpoint.peft import full_factors, save_peft_adapter
 from copd_megatron.config.model import AdapterConfig
-from copd_megatron.launch import cli, commands, row_files
+from copd_megatron.launch import cli, row_files
 from copd_megatron.launch import score as score_module
 from copd_megatron.model.hf_config import read_spec
 from copd_megatron.model.prompt import PromptEncoder
@@ -166,3 +168,174 @@ def test_scores_equal_transformers_on_every_layout_with_and_without_sharing(fami
             else:
                 on_ranks(tp * pp, path, source, target, *given)
             assert_equal(read(target), want)
+
+
+WRONG = [
+    ("{no json", "no valid JSON"), ([1], "a JSON list was given"), ({"prompt": "a"}, "completion: missing"),
+    ({"prompt": "", "completion": "b"}, "no tokens"), ({"completion": "b"}, "prompt: missing"),
+    ({"prompt": "a", "messages": [], "completion": "b"}, "messages: prompt and messages were both given"),
+    ({"messages": [{"role": "assistant", "content": "c"}], "completion": "b"}, "the last message is the assistant's"),
+    ({"prompt": SEEN, "images": ["missing.png"], "completion": "b"}, "images: no file"),
+    ({"prompt": "a", "images": ["a.png"], "completion": "b"}, "images: 1 given, but the prompt has 0"),
+    ({"messages": [{"role": "user", "content": 3}], "completion": "b"}, "messages: message 0"),
+]
+
+
+def test_wrong_rows_become_error_rows_and_stop_nothing(media, tmp_path, capsys):
+    good = {"prompt": "2 + 3 = ", "completion": "5", "id": "mine"}
+    source = write(media / "wrong.jsonl", [row for wrong, _ in WRONG for row in (wrong, good)]
+                   + [{"prompt": "a", "completion": ""}])
+    path = tiny_model("qwen3_vl")
+    assert score(path, source, tmp_path / "out.jsonl") == 0
+    *rows, empty = read(tmp_path / "out.jsonl")
+    for (_, message), row in zip(WRONG, rows[::2]):
+        assert message in row["error"] and set(row) == {"error"}
+    assert all(row["id"] == "mine" and len(row["logprobs"]) == 1 for row in rows[1::2])
+    assert empty == {"token_ids": [], "logprobs": [], "sum_logprob": 0.0}
+    assert f"21 rows, {len(WRONG)} of them with errors" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--input", "absent.jsonl"], "--input: absent.jsonl does not exist"),
+    (["--input", "EMPTY"], "has no rows"), (["--input", "JUNK"], "is no JSONL file"),
+    (["--output", "no/such/folder.jsonl"], "is in no folder that exists"), (["--output", "DONE"], "exists; a new file"),
+    (["--model", "absent"], "model.path: absent"), (["--adapter", "absent"], "adapter absent: cannot be read"),
+    (["--top-k", "-1"], "--top-k: -1"), (["--top-k", "9999"], "--top-k: 9999; the vocabulary has"),
+    (["--fps", "0"], "--fps, --max-frames"),
+])
+def test_mistakes_are_one_clear_error(options, message, tmp_path, capsys, monkeypatch):
+    files = {"EMPTY": "\n", "JUNK": "a,b\n1,2\n", "DONE": "{}\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    source = write(tmp_path / "in.jsonl", [{"prompt": "a", "completion": "b"}])
+    given = dict(zip(("--model", "--input", "--output"), (str(tiny_model("qwen3")), str(source), "out.jsonl")))
+    given[options[0]] = options[1]
+    assert cli.main(["score", *(word for pair in given.items() for word in pair)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+    parallel_state.destroy_model_parallel()
+
+
+def test_an_interrupted_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
+    path, rows = tiny_model("llama"), [{"prompt": f"{n} + 1 = ", "completion": str(n + 1)} for n in range(7)]
+    source, target = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.partial"
+    assert score(path, source, tmp_path / "whole.jsonl") == 0
+    monkeypatch.setattr(row_files, "WINDOW_ROWS", 2)
+
+    def interrupted_after(windows):
+        with monkeypatch.context() as patch:
+            calls, replace = iter(range(windows)), row_files.replace_file
+
+            def once_too_often(*args):
+                if next(calls, None) is None:
+                    raise KeyboardInterrupt  # rows are written, but not yet known to be safe
+                replace(*args)
+
+            patch.setattr(row_files, "replace_file", once_too_often)
+            assert score(path, source, target) == 130
+            parallel_state.destroy_model_parallel()
+
+    interrupted_after(2)
+    assert not target.exists() and len(read(partial)) == 6
+    for options, changed, message in (
+            (["--top-k", "1"], None, "was begun with top_k 0, now it is 1"),
+            ([], [{"prompt": "other", "completion": "x"}, *rows[1:]], "has changed since")):
+        write(source, changed or rows)
+        assert cli.main(["score", "--model", str(path), "--input", str(source), "--output", str(target), *options]) == 2
+        assert message in capsys.readouterr().err
+    write(source, [*rows, {"prompt": "7 + 1 = ", "completion": "8"}])  # a file that has grown is the same file
+    partial.write_text(partial.read_text() + '{"torn')
+    assert score(path, source, target) == 0
+    for ours, whole in zip(read(target), read(tmp_path / "whole.jsonl"), strict=False):
+        np.testing.assert_allclose(ours["logprobs"], whole["logprobs"], atol=1e-5)
+    assert len(read(target)) == 8
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+    assert score(path, source, target, "--overwrite") == 0
+
+
+def test_its_own_ranks_stop_when_asked_and_leave_what_is_done(tmp_path):
+    """TP 2 by the command itself, interrupted as Ctrl-C does; the rest on one rank."""
+    path = tiny_model("llama")
+    rows = [{"prompt": f"{n} + 1 = ", "completion": str(n + 1)} for n in range(8000)]
+    source, target = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "copd_megatron", "score", "--model", str(path), "--input", str(source),
+               "--output", str(target), "--tp", "2"]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    state = tmp_path / "out.jsonl.partial.json"
+    while not state.exists():
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(120) == 130
+    assert "the same command goes on from there" in child.stderr.read()
+    done = json.loads(state.read_text())["rows"]
+    assert 0 < done < 8000
+    write(source, rows[:done + 10])
+    assert score(path, source, target) == 0
+    assert len(read(target)) == done + 10 and not any("error" in row for row in read(target))
+
+
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_adapters_score_as_peft_says(scope, one_rank, tmp_path, monkeypatch):
+    path, groups = tiny_model("qwen3"), one_rank("text")
+    encoder = PromptEncoder(path)
+    section = AdapterConfig(rank=3, alpha=6.0, scope=scope, first_layer=1)
+    bank = make_bank(groups, encoder.spec, section)
+    header = encoder.invocation_token_ids if scope == "completion" else None
+    save_peft_adapter(tmp_path / "adapter", full_factors(bank, "text"), 2.0, TEXT_PREFIX["qwen3"], path, header)
+    groups.destroy()
+    chat = [{"role": "user", "content": "two plus three?"}]
+    rows = [{"messages": chat, "completion": "5<|im_end|>"}, {"messages": chat, "completion": " six"},
+            {"prompt": f"any text {HEADER}", "completion": "yes"}]
+    wrong = [{"prompt": "no header", "completion": "x"}, {"messages": chat, "completion": f"x{HEADER}y"}]
+    source = write(tmp_path / "in.jsonl", rows + wrong)
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), tmp_path / "adapter").eval()
+    want = transformers_says(path, rows, tmp_path, 2, model)
+    for sharing in ("on", "off"):
+        target = tmp_path / f"{sharing}.jsonl"
+        assert score(path, source, target, "--adapter", str(tmp_path / "adapter"), "--top-k", "2",
+                     "--prefix-sharing", sharing) == 0
+        got = read(target)
+        assert_equal(got[:3], want)
+        if scope == "completion":
+            assert "a prompt ends in its invocation tokens" in got[3]["error"]
+            assert "it holds the invocation tokens" in got[4]["error"]
+
+
+def generate(model: Path, source: Path, target: Path, *options: str) -> list[dict]:
+    assert cli.main(["--traceback", "generate", "--model", str(model), "--input", str(source), "--output",
+                     str(target), *options]) == 0
+    return read(target)
+
+
+@torch.no_grad()
+def test_generate_is_greedy_as_transformers_and_draws_by_row_and_seed(media, tmp_path, monkeypatch):
+    path = tiny_model("qwen3_vl")
+    rows = [{name: row[name] for name in row if name != "completion"} for row in rows_of("qwen3_vl")]
+    source = write(media / "prompts.jsonl", [*rows, {"prompt": 7}])
+    greedy = generate(path, source, tmp_path / "greedy.jsonl", "--greedy", "--max-tokens", "5", "--ignore-stop")
+    assert "error" in greedy.pop()
+    answers = [answer["completions"][0] for answer in greedy]
+    # What is most likely at every step, and how likely: asked of transformers with the answers given.
+    said = [{**row, "completion": encode_back(path, answer["token_ids"])} for row, answer in zip(rows, answers)]
+    for answer, theirs in zip(answers, transformers_says(path, said, media, 1)):
+        if answer["token_ids"] == theirs["token_ids"]:  # some byte sequences are no text
+            assert answer["token_ids"] == [ids[0] for ids in theirs["topk_ids"]]
+            np.testing.assert_allclose(answer["logprobs"], theirs["logprobs"], atol=TOLERANCE)
+        assert answer["finish"] == "length" and len(answer["token_ids"]) == 5
+    sampled = ("-n", "3", "--max-tokens", "4", "--temperature", "0.7", "--seed", "5")
+    drawn = generate(path, source, tmp_path / "a.jsonl", *sampled)
+    monkeypatch.setattr(row_files, "WINDOW_ROWS", 3)
+    again = generate(path, source, tmp_path / "b.jsonl", *sampled, "--lanes", "4")
+    tokens = [[c["token_ids"] for row in answers if "error" not in row for c in row["completions"]]
+              for answers in (drawn, again)]
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 3 * len(rows)
+    assert len({str(ids) for ids in tokens[0]}) > len(rows), "rows and samples draw alike"
+
+
+def encode_back(path: Path, token_ids: list[int]) -> str:
+    """Text of token ids, special tokens shown."""
+    return AutoTokenizer.from_pretrained(path).decode(token_ids)

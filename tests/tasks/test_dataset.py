@@ -123,6 +123,19 @@ def test_images_get_their_places(tmp_path):
     assert alone.messages[0]["content"] == [{"type": "image"}]
 
 
+def test_a_message_may_hold_its_media_in_place(tmp_path):
+    """As Hugging Face, Qwen's tools and OpenAI write them, beside one that the row's field holds."""
+    for name, shade in (("a.png", 10), ("b.png", 20), ("c.png", 30), ("d.png", 40)):
+        (tmp_path / name).write_bytes(png(shade))
+    parts = [{"type": "image", "image": "a.png", "max_pixels": 99}, {"type": "image", "url": f"file://{tmp_path}/b.png"},
+             {"type": "text", "text": "?"}, {"type": "image"}, {"type": "image_url", "image_url": {"url": "d.png"}}]
+    item = only_item(tmp_path, {"messages": [{"role": "user", "content": parts}], "images": ["c.png"], "answer": "1"})
+    assert [media.pixels.flat[0] for media in item.media] == [10, 20, 30, 40]
+    assert [media.pixel_budget for media in item.media] == [(None, 99)] + 3 * [(None, None)]
+    assert [part.get("text", part["type"]) for part in item.messages[0]["content"]] == [
+        "image", "image", "?", "image", "image"]
+
+
 def test_images_and_videos_in_one_prompt_keep_their_order(tmp_path):
     for name, shade in (("a.png", 10), ("f0.png", 30), ("f1.png", 40)):
         (tmp_path / name).write_bytes(png(shade))
@@ -181,8 +194,8 @@ BAD_ROWS = {
                        "the last message is the assistant's"),
     "unknown part": ({"messages": [{"role": "user", "content": [{"type": "audio"}]}], "answer": "2"},
                      "messages", "allowed are"),
-    "image in place": ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}],
-                        "answer": "2"}, "messages", "in field 'images'"),
+    "image in two places": ({"messages": [{"role": "user", "content": [{"type": "image", "image": "a", "url": "b"}]}],
+                             "answer": "2"}, "messages", "or one of"),
     "missing image": ({**GOOD, "images": ["nothing.png"]}, "images", "no file"),
     "broken image": ({**GOOD, "images": ["broken.png"]}, "images", "does not open as image"),
     "broken video": ({**GOOD, "videos": ["broken.png"]}, "videos", "does not open as video"),
@@ -242,7 +255,8 @@ def test_bad_file(name, content, message, tmp_path):
     ({"held_out": 1e-9}, "leaves none in held_out"),
     ({"held_out": 0.999999}, "leaves none in train"),
     ({"held_out": "nothing.jsonl"}, "task_args.held_out: nothing.jsonl was given; there is no such file"),
-    ({"max_frames": 0}, "task_args.fps and max_frames"),
+    ({"max_frames": 0}, "task_args: min_frames and max_frames are 0 and 0"), ({"fps": 0}, "task_args: fps is 0"),
+    ({"image_pixels": (9, 3)}, "task_args: image_pixels is (9, 3)"),
 ])
 def test_bad_settings(settings, message, tmp_path):
     with pytest.raises(UserError, match=re.escape(message)):

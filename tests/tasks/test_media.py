@@ -2,13 +2,19 @@
 import base64
 import io
 import wave
+from functools import partial
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import Qwen2VLVideoProcessor, Qwen3VLVideoProcessor
+from transformers.video_utils import VideoMetadata
+from transformers.video_utils import load_video as hf_load_video
 
+from copd_megatron.tasks.frames import MediaRules
 from copd_megatron.tasks.media import check_image, check_video, load_image, load_video
+from copd_megatron.types import FrameSample
 
 
 def png(colour="red", size=(6, 4), mode="RGB"):
@@ -77,18 +83,34 @@ def test_image_that_does_not_open(source, message, tmp_path):
             action(source, tmp_path)
 
 
-@pytest.mark.parametrize("settings, count, fps, step", [
-    ({}, 8, 2.0, 25), ({"fps": 5}, 20, 5.0, 10), ({"max_frames": 4}, 4, 1.0, 50), ({"fps": 100}, 40, 10.0, 5),
-])
-def test_video_file_is_sampled_evenly(settings, count, fps, step, tmp_path):
-    write_video(tmp_path / "a.mp4", frames=40, fps=10)
+@pytest.mark.parametrize("rule", ["qwen3_vl", "qwen2_vl"])
+@pytest.mark.parametrize("settings", [{}, {"fps": 5}, {"max_frames": 4}, {"fps": 100}, {"fps": 0.1}])
+def test_video_file_is_read_as_the_processors_of_transformers_read_it(settings, rule, tmp_path):
+    write_video(tmp_path / "a.mp4", frames=41, fps=10)
     content = (tmp_path / "a.mp4").read_bytes()
-    for source in ("a.mp4", {"video": "a.mp4"}, content, {"bytes": content, "path": None}):
+    processor = {"qwen3_vl": Qwen3VLVideoProcessor, "qwen2_vl": Qwen2VLVideoProcessor}[rule]()
+    processor.max_frames = settings.get("max_frames", 768)
+    frames, about = hf_load_video(str(tmp_path / "a.mp4"), backend="pyav", sample_indices_fn=partial(
+        processor.sample_frames, fps=settings.get("fps", 2)))
+    for source in ("a.mp4", {"video": "a.mp4"}, content, {"bytes": content, "path": None}, {"video": "a.mp4", **settings}):
         check_video(source, tmp_path)
-        media = load_video(source, tmp_path, **settings)
-        assert media.kind == "video" and media.pixels.shape == (count, 48, 48, 3)
-        assert media.fps == pytest.approx(fps)
-        np.testing.assert_allclose(brightness(media), step * np.arange(count), atol=6)
+        inside = isinstance(source, dict) and len(source) > 1 and "bytes" not in source
+        media = load_video(source, tmp_path, MediaRules(frame_rule=rule, **({} if inside else settings)))
+        np.testing.assert_array_equal(media.pixels, frames)
+        assert media.sample == FrameSample(tuple(about.frames_indices), 41, 10.0)
+        assert media.fps == pytest.approx(about.sampled_fps)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 100, 4001])
+def test_frame_rules_equal_the_processors(total):
+    for rule, processor in (("qwen3_vl", Qwen3VLVideoProcessor()), ("qwen2_vl", Qwen2VLVideoProcessor())):
+        for source_fps, fps in ((30.0, 2.0), (29.97, 1.0), (10.0, 25.0), (24.0, 0.3)):
+            if rule == "qwen2_vl" and total == 1:
+                continue  # that processor divides by zero
+            want = processor.sample_frames(VideoMetadata(total_num_frames=total, fps=source_fps), fps=fps)
+            got = MediaRules(fps=fps, frame_rule=rule).frames_of(total, source_fps)
+            assert got.tolist() == want.tolist(), (rule, source_fps, fps)
+    assert MediaRules(frame_rule="qwen2_vl").frames_of(1, 10.0).tolist() == [0]
 
 
 def test_list_of_frames_is_a_video(tmp_path):
@@ -97,7 +119,7 @@ def test_list_of_frames_is_a_video(tmp_path):
     media = load_video(frames, tmp_path)
     assert media.pixels.shape == (3, 4, 6, 3) and media.fps == 2.0
     np.testing.assert_array_equal(brightness(media), [0, 100, 200])
-    thinned = load_video({"frames": frames, "fps": 6}, tmp_path, max_frames=2)
+    thinned = load_video({"frames": frames, "fps": 6, "max_frames": 2}, tmp_path)
     np.testing.assert_array_equal(brightness(thinned), [0, 200])
     assert thinned.fps == 4.0
 
