@@ -24,7 +24,9 @@ def add_row_commands(command: Command, positive: Callable[[str], int]) -> None:
     generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default: 1")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus mass (default: 1)")
     generate.add_argument("--greedy", action="store_true", help="take the most likely token")
-    generate.add_argument("--max-tokens", type=positive, default=512, metavar="N", help="of a completion (default: 512)")
+    generate.add_argument(
+        "--max-tokens", type=positive, default=512, metavar="N", help="of a completion (default: 512)"
+    )
     generate.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling noise (default: 0)")
     generate.add_argument(
         "--ignore-stop", action="store_true", help="go on after stop tokens, always to --max-tokens"

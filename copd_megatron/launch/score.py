@@ -40,8 +40,8 @@ def score(options: argparse.Namespace) -> int:
 def generate(options: argparse.Namespace) -> int:
     """Write completions of every row's prompt."""
     if not options.temperature > 0 or not 0 < options.top_p <= 1:
-        raise UserError(f"--temperature, --top-p: {options.temperature} and {options.top_p}; above 0, and above 0 to 1; "
-                        "correct them (--greedy takes the most likely token)")
+        raise UserError(f"--temperature, --top-p: {options.temperature} and {options.top_p}; above 0, and above 0 to "
+                        "1; correct them (--greedy takes the most likely token)")
     if options.greedy and options.n > 1:
         raise UserError(f"-n: {options.n} with --greedy; more than 1 greedy completion are all the same; drop one")
 
@@ -97,8 +97,8 @@ def _run(what: str, options: argparse.Namespace, names: tuple[str, ...],
                                options.template_args)
     replicas = policy.groups.layout.replicas
     if options.replicas and options.replicas != replicas:
-        raise UserError(f"--replicas: {options.replicas}, but torchrun started {policy.groups.layout.world_size} ranks; "
-                        f"--tp x --pp x --replicas must be their number; leave --replicas out")
+        raise UserError(f"--replicas: {options.replicas}, but torchrun started {policy.groups.layout.world_size} "
+                        "ranks; --tp x --pp x --replicas must be their number; leave --replicas out")
     # Frames are picked as the family's own processor picks them.
     rules = replace(rules, frame_rule=policy.encoder.frame_rule)
     answer = make(policy, RowPrompts(policy.encoder, source.parent, policy.invocation, rules))

@@ -279,8 +279,9 @@ class _MediaReader:
     def _images(self, item: TaskItem) -> _Processed:
         pictures = [_pixels(item, media, 3) for media in item.media if media.kind == "image"]
         try:
-            out = self.processor.image_processor(images=pictures, input_data_format="channels_first",
-                                                 return_tensors="pt", **_size(self.processor.image_processor, item, "image"))
+            out = self.processor.image_processor(
+                images=pictures, input_data_format="channels_first", return_tensors="pt",
+                **_size(self.processor.image_processor, item, "image"))
         except ValueError as error:
             raise _unusable(item, f"an image cannot be processed ({error})", "mend or drop it") from error
         texts = [self.processor.replace_image_token(out, index) for index in range(len(pictures))]
@@ -318,7 +319,7 @@ def _size(processor: Any, item: TaskItem, kind: str) -> dict[str, Any]:
     """The argument that gives a processor the pixel budget of an item's media, if they have one."""
     budgets = {media.pixel_budget for media in item.media if media.kind == kind}
     if len(budgets) > 1:
-        raise _unusable(item, f"its {kind}s have different pixel budgets {sorted(map(str, budgets))}", "give one to all")
+        raise _unusable(item, f"its {kind}s have the pixel budgets {sorted(map(str, budgets))}", "give one to all")
     least, most = budgets.pop()
     if least is most is None:
         return {}

@@ -165,7 +165,8 @@ def _file_of(source: Any) -> Any:
         return source
     if source.get("bytes") is not None:
         return source["bytes"]
-    return next((_file_of(source[key]) for key in ("image", "video", "path", "url") if source.get(key) is not None), None)
+    places = ("image", "video", "path", "url")
+    return next((_file_of(source[key]) for key in places if source.get(key) is not None), None)
 
 
 def _opened(source: Any, folder: Path) -> BinaryIO | str:

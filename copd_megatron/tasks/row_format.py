@@ -186,8 +186,8 @@ def _parts(part: Any, where: str, field: str, split_tags: bool) -> list[dict[str
         if not given:
             return [{"type": kind}]
         if sum(key in given for key in _IN_PLACE) != 1:
-            raise FieldError(field, f"{where} has the part {str(part)[:60]!r}; allowed is {{'type': '{kind}'}} with the "
-                                    f"{kind} in field '{FIELD_OF[kind]}', or one of {list(_IN_PLACE)} in the part")
+            raise FieldError(field, f"{where} has the part {str(part)[:60]!r}; allowed is {{'type': '{kind}'}} with "
+                                    f"the {kind} in field '{FIELD_OF[kind]}', or one of {list(_IN_PLACE)} in it")
         return [{"type": kind, "source": given}]
     if kind != "text" or not isinstance(given.get("text"), str):
         raise FieldError(field, f"{where} has the part {str(part)[:60]!r}; allowed are "

@@ -55,6 +55,7 @@ class RowGenerator:
         if len(prompt.token_ids) > self.max_prompt_tokens:
             raise FieldError("prompt", f"{len(prompt.token_ids)} tokens; allowed are {self.max_prompt_tokens} "
                                        "(--max-prompt-tokens)")
+        self.prompts.check_length(prompt, self.params.max_tokens)
 
     def _completion(self, completion: Completion) -> dict[str, Any]:
         return {"text": self.prompts.encoder.decode(completion.token_ids), "token_ids": completion.token_ids,

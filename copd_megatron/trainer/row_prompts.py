@@ -83,7 +83,12 @@ class RowPrompts:
                                              len(prompt.token_ids)):
             raise FieldError("completion", f"it holds the invocation tokens {list(self.invocation)}; an activated LoRA "
                                            "would begin there anew; allowed is a text without them")
+        self.check_length(prompt, len(token_ids))
         return token_ids
+
+    def check_length(self, prompt: Prompt, tokens: int) -> None:
+        """Raise UserError if the backbone cannot read ``tokens`` more tokens."""
+        self.encoder.spec.rope.check_length(prompt.next_position + tokens, "it")
 
     def _encode(self, row: InputRow) -> Prompt:
         if row.error:
@@ -105,7 +110,7 @@ class RowPrompts:
                 raise FieldError("prompt", f"it ends in the tokens {prompt.token_ids[-header:].tolist()}; under an "
                                            f"activated LoRA a prompt ends in its invocation tokens "
                                            f"{list(self.invocation)}, {self.encoder.decode(self.invocation, False)!r}")
-        # Ranks tell each other prompts: pixels stay here. The key feeds the noise, which the row's number feeds already.
+        # Ranks tell each other prompts: pixels stay here. The key feeds the noise, as the row's number does.
         return replace(prompt, key=DOMAIN, header_tokens=header, item=None)
 
     def _in_order(self, text: str, content: Mapping[str, Any]) -> list[Medium]:

@@ -49,7 +49,8 @@ class RowScorer:
                     completion = Completion(prompt, self.policy.name, 0, [Segment(token_ids)])
                     lanes[Lane(Sample(completion, ADAPTER), self.policy.name)] = number
                 elif self.policy.groups.is_replica_main:
-                    found[number] = self._row(torch.zeros(0), torch.zeros(0, self.top_k), torch.zeros(0, self.top_k), ())
+                    empty = torch.zeros(0, self.top_k)
+                    found[number] = self._row(torch.zeros(0), empty, empty, ())
             found |= {lanes[lane]: row for lane, row in self._score(list(lanes)).items()}
         return found
 

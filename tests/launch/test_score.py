@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import av
@@ -29,7 +30,8 @@ from copd_megatron.model.prompt import PromptEncoder
 from copd_megatron.model.translate import TEXT_PREFIX
 from support.policies import make_bank
 from support.ranks import run_ranks
-from support.tiny_models import FAMILIES, tiny_model
+from support.smollm2 import smollm2
+from support.tiny_models import FAMILIES, VISUAL_FAMILIES, tiny_model
 
 TOLERANCE = 1e-4
 """On log-probs, float32, as the issue of this command asks."""
@@ -63,7 +65,7 @@ def rows_of(family: str) -> list[dict]:
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "two plus three?"}]
     rows += [{"messages": chat, "completion": text} for text in ("5<|im_end|>", "It is six.")]
     rows.append({"prompt": "2 + 3 = ", "completion": "seven"})
-    if family == "qwen3_vl":
+    if family in VISUAL_FAMILIES:
         parts = [{"type": "image"}, {"type": "text", "text": " and "}, {"type": "image"}, {"type": "text", "text": "?"}]
         rows += [
             {"messages": [{"role": "user", "content": parts}], "images": ["a.png", "b.png"], "completion": "red"},
@@ -119,7 +121,8 @@ def transformers_says(path: Path, rows: list[dict], folder: Path, top_k: int, mo
             media["images"] = [Image.open(folder / name).convert("RGB") for name in row["images"]]
         if "videos" in row:
             loaded = [load_video(str(folder / name), backend="pyav",
-                                 sample_indices_fn=processor.video_processor.sample_frames) for name in row["videos"]]
+                                 sample_indices_fn=partial(processor.video_processor.sample_frames, fps=2))
+                      for name in row["videos"]]
             media |= {"videos": [frames for frames, _ in loaded], "do_sample_frames": False,
                       "video_metadata": [about for _, about in loaded]}
         inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **media)
@@ -150,8 +153,8 @@ def assert_equal(got: list[dict], want: list[dict], tolerance: float = TOLERANCE
         assert ours["sum_logprob"] == pytest.approx(theirs["sum_logprob"], abs=tolerance * len(ours["token_ids"]))
 
 
-@pytest.mark.parametrize("options", [{}, ODD], ids=["", "odd"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "options"), [*((family, {}) for family in FAMILIES),
+                                                 ("qwen3_vl", ODD), ("llama", ODD)])
 def test_scores_equal_transformers_on_every_layout_with_and_without_sharing(family, options, media, tmp_path):
     path, rows = tiny_model(family, **options), rows_of(family)
     want = transformers_says(path, rows, media, top_k=3)
@@ -303,6 +306,40 @@ def test_adapters_score_as_peft_says(scope, one_rank, tmp_path, monkeypatch):
         if scope == "completion":
             assert "a prompt ends in its invocation tokens" in got[3]["error"]
             assert "it holds the invocation tokens" in got[4]["error"]
+
+
+@torch.no_grad()
+def test_smollm2_scores_as_transformers_on_200_prompts(tmp_path):
+    """A real language model, float32; four rows share each of 10 chats, 190 prompts stand alone."""
+    path = smollm2()
+    nouns = ("tree", "river", "seven", "music", "the king of France", "oxygen", "a cat", "Paris", "Monday", "red")
+    verbs = ("is", "was never", "likes", "needs", "looks like", "is called", "has", "makes", "comes from", "is not",
+             "sings to", "fears", "costs", "became", "means", "sees", "and", "will be", "should")
+    rows = [{"prompt": f"{noun} {verb}", "completion": " a friend."} for noun in nouns for verb in verbs]
+    rows += [{"messages": [{"role": "user", "content": f"{a} or {b}?"}], "completion": text}
+             for a, b in zip(nouns, nouns[1:] + nouns[:1]) for text in ("Yes.", " both", f"{a}<|im_end|>", "No\n")]
+    source = write(tmp_path / "in.jsonl", rows)
+    assert score(path, source, tmp_path / "out.jsonl", "--top-k", "1") == 0
+    prompts = {json.dumps([row.get("prompt"), row.get("messages")]) for row in rows}
+    assert len(prompts) == 200
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer.padding_side = "right"
+    for start in range(0, len(rows), 50):
+        own, ours = rows[start:start + 50], read(tmp_path / "out.jsonl")[start:start + 50]
+        texts = [row.get("prompt") or tokenizer.apply_chat_template(row["messages"], tokenize=False,
+                                                                    add_generation_prompt=True) for row in own]
+        asked = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        ids = [prompt + ours["token_ids"] for prompt, ours in zip(asked, ours)]
+        batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        hidden = model.model(**batch).last_hidden_state
+        for row, prompt, answer, states in zip(own, asked, ours, hidden):
+            assert answer["token_ids"] == tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            length = len(answer["token_ids"])
+            logits = model.lm_head(states[len(prompt) - 1:len(prompt) - 1 + length]).log_softmax(-1)
+            want = logits.gather(1, torch.tensor(answer["token_ids"])[:, None])[:, 0]
+            np.testing.assert_allclose(answer["logprobs"], want, atol=1e-3, rtol=0)
+            assert [top for top, in answer["topk_ids"]] == logits.argmax(-1).tolist()
 
 
 def generate(model: Path, source: Path, target: Path, *options: str) -> list[dict]:

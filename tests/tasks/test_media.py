@@ -92,7 +92,8 @@ def test_video_file_is_read_as_the_processors_of_transformers_read_it(settings, 
     processor.max_frames = settings.get("max_frames", 768)
     frames, about = hf_load_video(str(tmp_path / "a.mp4"), backend="pyav", sample_indices_fn=partial(
         processor.sample_frames, fps=settings.get("fps", 2)))
-    for source in ("a.mp4", {"video": "a.mp4"}, content, {"bytes": content, "path": None}, {"video": "a.mp4", **settings}):
+    for source in ("a.mp4", {"video": "a.mp4"}, content, {"bytes": content, "path": None},
+                   {"video": "a.mp4", **settings}):
         check_video(source, tmp_path)
         inside = isinstance(source, dict) and len(source) > 1 and "bytes" not in source
         media = load_video(source, tmp_path, MediaRules(frame_rule=rule, **({} if inside else settings)))
