@@ -22,6 +22,9 @@ class RolloutConfig(Section):
     max_completion_tokens: int = Field(1024, ge=1)
     """Completions are cut here; the cut ones count as truncated."""
     max_prompt_tokens: int = Field(16384, ge=1)
-    """Longer prompts are refused before training."""
+    """Most tokens of a prompt, media and generation header included."""
+    long_prompts: Literal["refuse", "drop"] = "refuse"
+    """What happens to longer ones. ``refuse``: the run stops at the first. ``drop``: every question of finite tasks is
+    measured at the start, longer ones are left out of both splits, and the log says how many."""
     decode_lanes: int = Field(1024, ge=1)
     """Completions that decode together; bounds the KV cache."""

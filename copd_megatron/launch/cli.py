@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="also write the results there")
 
     _add_run_folders(commands)
-    add_row_commands(lambda *command: _command(commands, *command), _positive)
+    add_row_commands(lambda *command: _command(commands, *command), _positive, _add_recipe)
     _add_planning(commands)
     _command(
         commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them"

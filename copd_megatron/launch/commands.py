@@ -28,7 +28,7 @@ def train(options: argparse.Namespace) -> int:
     """Train the experts of a recipe into a run folder."""
     from copd_megatron.launch import run_folder
 
-    config = _configured(options)
+    config = configured(options)
     run_dir = Path(options.run_dir) if options.run_dir else RUNS / Path(options.recipe).stem
     if is_first_rank():
         run_folder.check_startable(run_dir, options.resume)
@@ -67,7 +67,7 @@ def _record_start(run_dir: Path, options: argparse.Namespace, resume_step: int |
 
 def preview(options: argparse.Namespace) -> int:
     """Show rendered prompts, sampled answers and their rewards."""
-    config = _configured(options)
+    config = configured(options)
     prepare()
     from copd_megatron.trainer.preview import preview as show
 
@@ -144,7 +144,7 @@ def show_config(options: argparse.Namespace) -> int:
             "copd config: --set or --json without a recipe; they change or print a recipe's configuration; "
             "name a recipe"
         )
-    config = _configured(options) if options.recipe else None
+    config = configured(options) if options.recipe else None
     if options.json:
         print(to_json(config), end="")
         return 0
@@ -181,7 +181,7 @@ def plan(options: argparse.Namespace) -> int:
     """Print memory, traffic and time of a recipe on so many ranks; 1 if it does not fit."""
     from copd_megatron.simulate.hardware import load_hardware
 
-    config = _configured(options)
+    config = configured(options)
     hardware = load_hardware(options.hardware)
     prepare()
     from copd_megatron.launch import plan as planning
@@ -237,7 +237,7 @@ def doctor(options: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
-def _configured(options: argparse.Namespace) -> RunConfig:
+def configured(options: argparse.Namespace) -> RunConfig:
     from copd_megatron.config.loading import apply_overrides, load_recipe
 
     return apply_overrides(load_recipe(options.recipe), options.overrides)

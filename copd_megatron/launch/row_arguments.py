@@ -10,8 +10,9 @@ Command = Callable[[str, str, str], argparse.ArgumentParser]
 """(name, "module:function" below `launch`, summary) -> the parser of a new command."""
 
 
-def add_row_commands(command: Command, positive: Callable[[str], int]) -> None:
-    """Add the commands."""
+def add_row_commands(command: Command, positive: Callable[[str], int],
+                     add_recipe: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Add the commands, with the types and groups of arguments that all commands share."""
     score = command("score", "score:score", "log-probs of given completions")
     _add_policy(score, positive)
     score.add_argument(
@@ -38,6 +39,18 @@ def add_row_commands(command: Command, positive: Callable[[str], int]) -> None:
         "--max-prompt-tokens", type=positive, default=32768, metavar="N",
         help="longer prompts are errors of their rows (default: 32768)",
     )
+
+    chosen = command(
+        "filter", "filter:filter", "write a data file without questions that are too long, never or always solved"
+    )
+    add_recipe(chosen)
+    chosen.add_argument("--expert", required=True, metavar="NAME", help="whose data file is filtered")
+    chosen.add_argument(
+        "-n", type=int, default=8, metavar="N", help="completions per question; 0 filters by length alone (default: 8)"
+    )
+    chosen.add_argument("--adapter", metavar="PEFT_DIR", help="the policy that answers (default: the backbone)")
+    chosen.add_argument("--out", required=True, metavar="FILE", help="the new file, of the same kind")
+    chosen.add_argument("--overwrite", action="store_true", help="begin anew, whatever was written before")
 
 
 def _add_policy(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:

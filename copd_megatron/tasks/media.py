@@ -12,7 +12,7 @@ import base64
 import binascii
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +37,22 @@ def check(kind: str, source: Any, folder: Path) -> None:
 def load(kind: str, source: Any, folder: Path, rules: MediaRules = DEFAULT_RULES) -> Media:
     """``load_image`` or ``load_video``."""
     return (load_image if kind == "image" else load_video)(source, folder, rules)
+
+
+def read_bytes(kind: str, source: Any, folder: Path, take: Callable[[bytes], Any]) -> float | None:
+    """Hand the bytes of an image, of a video file or of all frames of a list to ``take``; nothing is decoded.
+
+    Returns:
+        The frames per second that a list of frames says, None for anything else.
+    """
+    frames, fps = _frame_list(source) if kind == "video" else (None, None)
+    for part in [source] if frames is None else frames:
+        opened = _opened(part, folder)
+        with open(opened, "rb") if isinstance(opened, str) else opened as file:
+            while block := file.read(1 << 20):
+                take(block)
+        take(b"|")
+    return None if frames is None else fps
 
 
 def check_image(source: Any, folder: Path) -> None:

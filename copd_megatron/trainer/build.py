@@ -89,6 +89,8 @@ def build_policies(config: RunConfig) -> Policies:
     spec.check_layout(layout)
     groups = Groups.create(layout, place(config, layout.replicas), timeout_s=config.parallel.timeout_s)
     source = PromptSource(tasks, encoder, config.seed, config.rollout.max_prompt_tokens)
+    if config.rollout.long_prompts == "drop":
+        source.drop_long(groups)
     _check_questions(source)
     backbone = Backbone(spec, groups, config.model, config.adapter, config.parallel.debug_checks)
     load_backbone_weights(backbone, config.model.path)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from copd_megatron.model.hf_config import read_spec
 from copd_megatron.model.prompt import PromptEncoder
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, PackRules, build_pack
-from copd_megatron.types import Media, TaskItem, UserError
+from copd_megatron.types import FrameSample, Media, TaskItem, UserError
 from support.pictures import clip, mixed_questions, picture, question
 from support.tiny_models import CHAT_TEMPLATE, SPECIAL_TOKENS, VISUAL_FAMILIES, tiny_model
 
@@ -67,6 +68,49 @@ def test_prompts_equal_transformers(item, family):
     assert np.array_equal(prompt.position_ids, positions[:, 0, :-2].numpy())
     assert positions[:, 0, -2:].tolist() == [[prompt.next_position, prompt.next_position + 1]] * 3
     assert (prompt.key, prompt.domain, prompt.item) == (item.key, "shapes", item)
+
+
+@pytest.mark.parametrize("family", VISUAL_FAMILIES)
+def test_pixel_budgets_and_frame_times_are_the_processors(family):
+    """A budget for pictures, one for videos, and frames taken out of a longer video, through the whole processor."""
+    image = replace(picture(1, 96, 64), pixel_budget=(None, 2048))
+    sample = FrameSample((0, 9, 20, 29), 30, 10.0)
+    video = replace(clip(2, 4, 64, 96), pixel_budget=(256, 4096), sample=sample, fps=4 / 30 * 10)
+    item = question("budgets", image, video)
+    processor = AutoProcessor.from_pretrained(tiny_model(family))
+    theirs = processor(
+        text=[processor.apply_chat_template(item.messages, add_generation_prompt=True, tokenize=False)],
+        images=[Image.fromarray(image.pixels)], videos=[video.pixels], do_sample_frames=False, return_tensors="pt",
+        video_metadata=[{"total_num_frames": 30, "fps": 10.0, "frames_indices": list(sample.indices)}],
+        images_kwargs={"size": {"shortest_edge": 256, "longest_edge": 2048}},
+        videos_kwargs={"size": {"shortest_edge": 256, "longest_edge": 4096}})
+    encoder = PromptEncoder(tiny_model(family))
+    prompt = encoder.encode(item, "shapes")
+    assert prompt.token_ids.tolist() == theirs["input_ids"][0].tolist()
+    assert np.array_equal(prompt.visual.image_patches, theirs["pixel_values"])
+    assert np.array_equal(prompt.visual.video_patches, theirs["pixel_values_videos"])
+    assert prompt.visual.image_grids.prod() * 64 <= 2048 < encoder.encode(
+        question("free", replace(image, pixel_budget=(None, None))), "shapes").visual.image_grids.prod() * 64
+    with pytest.raises(UserError, match="have the pixel budgets"):
+        encoder.encode(question("two", image, replace(image, pixel_budget=(None, 4096))), "shapes")
+    with pytest.raises(UserError, match="at least 999999999"):
+        encoder.encode(question("much", replace(image, pixel_budget=(999999999, None))), "shapes")
+
+
+def test_a_text_is_a_prompt_as_it_stands(encoder, text_encoder, tmp_path):
+    item = TaskItem("key", [], (), None)
+    prompt = text_encoder.encode_text(item, "2+3=", "rows")
+    assert prompt.token_ids.tolist() == text_encoder.tokenize("2+3=") and prompt.header_tokens == 0
+    with pytest.raises(UserError, match="no tokens"):
+        text_encoder.encode_text(item, "", "rows")
+    assert encoder.placeholders("<|video_pad|> <|image_pad|>") == ("video", "image")
+    assert text_encoder.placeholders("<|image_pad|>") == ()
+    shutil.copytree(tiny_model("qwen3"), tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").unlink()
+    base = PromptEncoder(tmp_path / "base", text_only=True)
+    assert base.encode_text(item, "2+3=", "rows").token_ids.tolist() == prompt.token_ids.tolist()
+    with pytest.raises(UserError, match="has no chat template"):
+        base.encode(question("chat"), "rows")
 
 
 def test_media_keep_the_order_of_their_tokens(encoder):

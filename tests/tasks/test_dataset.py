@@ -11,6 +11,7 @@ from PIL import Image
 
 from copd_megatron.tasks.base import Task
 from copd_megatron.tasks.dataset import DatasetTask
+from copd_megatron.tasks.rows import copy_rows
 from copd_megatron.types import UserError
 
 
@@ -159,6 +160,18 @@ def test_options_of_the_task(tmp_path):
     assert own.extra["verifier"] == {"name": "set"} and own.answer == ["red", "blue"]
 
 
+def test_columns_of_easyr1(tmp_path, private_cache):
+    """"problem" with a tag, a picture in a struct, "answer".""
+    rows = [{"problem": f"<image>shade {n}?", "images": [{"bytes": png(n), "path": "p"}], "answer": str(n)}
+            for n in (7, 8)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    pq.write_table(pa.Table.from_pylist([{**rows[0], "problem": "<image>other?"}]), tmp_path / "test.parquet")
+    task = DatasetTask(tmp_path / "train.parquet", columns={"prompt": "problem"}, held_out=tmp_path / "test.parquet",
+                       image_pixels=(None, 4096))
+    for item in all_items(task, "train"):
+        assert item.answer == str(item.media[0].pixels.flat[0]) and item.media[0].pixel_budget == (None, 4096)
+
+
 def test_parquet_as_hugging_face_and_verl_write_it(tmp_path, private_cache):
     """Pictures as {bytes, path} structs, messages as structs with nulls, a nested ground truth."""
     rows = [{"prompt": [{"role": "user", "content": f"<image>shade {number}?"}],
@@ -226,6 +239,38 @@ def test_all_bad_rows_make_one_error(tmp_path):
         DatasetTask(file, columns={"answer": "gold"})
 
 
+def test_wrong_rows_are_skipped_and_counted_where_that_is_said(tmp_path, caplog):
+    rows = [GOOD, {"prompt": "a"}, {"prompt": "2+2=", "answer": "4"}, {"prompt": "b", "answer": None}]
+    file = write(tmp_path / "data.jsonl", rows)
+    file.write_text(file.read_text() + "{torn\n" + json.dumps({"prompt": "3+3=", "answer": "6"}) + "\n")
+    held_out = write(tmp_path / "other.jsonl", sums(1))
+    task = DatasetTask(file, held_out=held_out, bad_rows="skip")
+    assert {item.key for item in all_items(task, "train")} == {f"data/train/{number}" for number in (1, 3, 6)}
+    assert "3 of 6 rows of" in caplog.text and "row 2, field 'answer': missing" in caplog.text
+    with pytest.raises(UserError, match="row 5: no valid JSON"):
+        DatasetTask(file, held_out=held_out)
+    with pytest.raises(UserError, match="all 1 rows of .* are wrong, first .*row 1"):
+        DatasetTask(write(tmp_path / "bad.jsonl", [{"prompt": "a"}]), held_out=held_out, bad_rows="skip")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_rows_are_copied_as_they_are(ending, tmp_path):
+    rows = [{"prompt": f"{n}", "images": [{"bytes": png(n), "path": None}], "extra": {"n": n}} for n in range(2500)]
+    source, target = tmp_path / f"a{ending}", tmp_path / f"b{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), source, row_group_size=700)
+    else:
+        source.write_text("\n".join(json.dumps({"n": n, "é": "ü"}, ensure_ascii=False) for n in range(2500)))
+    wanted = [1, 2, 1500, 2500]
+    copy_rows(source, wanted, target)
+    if ending == ".parquet":
+        assert pq.read_table(target).equals(pq.read_table(source).take([n - 1 for n in wanted]))
+    else:
+        lines = source.read_text().splitlines()
+        assert target.read_text().splitlines() == [lines[n - 1] for n in wanted]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [source.name, target.name]
+
+
 def test_media_that_are_not_checked_fail_by_name_when_they_are_needed(tmp_path):
     (tmp_path / "broken.png").write_bytes(png()[:20])
     with pytest.raises(UserError, match=r"one.jsonl row 1, field 'images': .* does not open"):
@@ -255,6 +300,7 @@ def test_bad_file(name, content, message, tmp_path):
     ({"held_out": 1e-9}, "leaves none in held_out"),
     ({"held_out": 0.999999}, "leaves none in train"),
     ({"held_out": "nothing.jsonl"}, "task_args.held_out: nothing.jsonl was given; there is no such file"),
+    ({"bad_rows": "drop"}, "task_args.bad_rows: 'drop' was given; allowed are refuse and skip"),
     ({"max_frames": 0}, "task_args: min_frames and max_frames are 0 and 0"), ({"fps": 0}, "task_args: fps is 0"),
     ({"image_pixels": (9, 3)}, "task_args: image_pixels is (9, 3)"),
 ])
