@@ -161,7 +161,7 @@ def test_options_of_the_task(tmp_path):
 
 
 def test_columns_of_easyr1(tmp_path, private_cache):
-    """"problem" with a tag, a picture in a struct, "answer".""
+    """Columns problem (with a tag), images (structs) and answer."""
     rows = [{"problem": f"<image>shade {n}?", "images": [{"bytes": png(n), "path": "p"}], "answer": str(n)}
             for n in (7, 8)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
