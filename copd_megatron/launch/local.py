@@ -15,8 +15,8 @@ from types import FrameType
 
 from copd_megatron.launch import environment
 
-GRACE_S = 10.0
-"""Ranks that a failed one leaves behind are asked to end, and killed so much later."""
+GRACE_S = 5.0
+"""Ranks that outlive the first have so long to end by themselves, then to end when asked, before they are killed."""
 POLL_S = 0.05
 
 
@@ -62,14 +62,13 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> int:
 
 
 def _end(ranks: Sequence[subprocess.Popen]) -> None:
-    """End the ranks that still run: they may wait for one that is gone."""
-    running = [rank for rank in ranks if rank.poll() is None]
-    for rank in running:
-        rank.terminate()
-    deadline = time.monotonic() + GRACE_S
-    for rank in running:
-        try:
-            rank.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            rank.kill()
-            rank.wait()
+    """End the ranks that still run: they may be about to, or wait for one that is gone."""
+    for ask in (subprocess.Popen.terminate, subprocess.Popen.kill):
+        deadline = time.monotonic() + GRACE_S
+        while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        for rank in ranks:
+            if rank.poll() is None:
+                ask(rank)
+    for rank in ranks:
+        rank.wait()

@@ -73,5 +73,6 @@ def _section(adapter: Adapter) -> AdapterConfig:
     """The adapter section that holds it, with as many layers free of it as there are."""
     modules = adapter.modules()
     rank = len(adapter.pair(modules[0])[0])
-    return AdapterConfig(rank=rank, alpha=adapter.scaling * rank, first_layer=min(int(m.split(".")[1]) for m in modules),
+    first_layer = min(int(module.split(".")[1]) for module in modules)
+    return AdapterConfig(rank=rank, alpha=adapter.scaling * rank, first_layer=first_layer,
                          scope="completion" if adapter.invocation_token_ids else "sequence")

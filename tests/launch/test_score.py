@@ -286,7 +286,8 @@ def test_adapters_score_as_peft_says(scope, one_rank, tmp_path, monkeypatch):
     section = AdapterConfig(rank=3, alpha=6.0, scope=scope, first_layer=1)
     bank = make_bank(groups, encoder.spec, section)
     header = encoder.invocation_token_ids if scope == "completion" else None
-    save_peft_adapter(tmp_path / "adapter", Adapter(full_factors(bank, "text"), 2.0, header), TEXT_PREFIX["qwen3"], path)
+    adapter = Adapter(full_factors(bank, "text"), 2.0, header)
+    save_peft_adapter(tmp_path / "adapter", adapter, TEXT_PREFIX["qwen3"], path)
     groups.destroy()
     chat = [{"role": "user", "content": "two plus three?"}]
     rows = [{"messages": chat, "completion": "5<|im_end|>"}, {"messages": chat, "completion": " six"},
