@@ -13,6 +13,7 @@ from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.config.parallel import ParallelConfig
 from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.prompt import PromptEncoder
+from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.translate import check_backbone, load_backbone_weights
 from copd_megatron.parallel.groups import Groups, init_distributed
 from copd_megatron.parallel.layout import Layout
@@ -50,14 +51,13 @@ class SinglePolicy:
         setup_platform()
         spec = check_backbone(model.path)
         encoder = PromptEncoder(model.path, template_args, text_only=True)
-        section, invocation = AdapterConfig(), None
+        section, invocation = AdapterConfig(targets=("q_proj",)), None  # never used: there is no adapter
         if adapter:
             found = read_peft_adapter(adapter, spec)
             section, invocation = _section(found), found.invocation_token_ids
         init_distributed(parallel)
-        layout = Layout.of(parallel, torch.distributed.get_world_size())
-        spec.check_parallel(layout.tp, layout.pp)
-        spec.check_moe(layout.ep, layout.etp)
+        layout = Layout.of(_with_moe_experts(parallel, spec), torch.distributed.get_world_size())
+        spec.check_layout(layout)
         groups = Groups.create(layout, Placement.build((ADAPTER,), layout.replicas), timeout_s=parallel.timeout_s)
         backbone = Backbone(spec, groups, model, section)
         load_backbone_weights(backbone, model.path)
@@ -74,5 +74,15 @@ def _section(adapter: Adapter) -> AdapterConfig:
     modules = adapter.modules()
     rank = len(adapter.pair(modules[0])[0])
     first_layer = min(int(module.split(".")[1]) for module in modules)
-    return AdapterConfig(rank=rank, alpha=adapter.scaling * rank, first_layer=first_layer,
+    targets = tuple(dict.fromkeys(module.split(".")[3] for module in modules))
+    return AdapterConfig(rank=rank, alpha=adapter.scaling * rank, first_layer=first_layer, targets=targets,
                          scope="completion" if adapter.invocation_token_ids else "sequence")
+
+
+def _with_moe_experts(parallel: ParallelConfig, spec: BackboneSpec) -> ParallelConfig:
+    """MoE experts cut over the tensor-parallel ranks: whole ones if their number permits, else each of them."""
+    if spec.moe is None or parallel.tensor == 1:
+        return parallel
+    whole = spec.moe.experts % parallel.tensor == 0
+    cut = "moe_expert" if whole else "moe_expert_tensor"
+    return parallel.model_copy(update={cut: parallel.tensor, "sequence_parallel": True})

@@ -32,7 +32,7 @@ from copd_megatron.model.translate import TEXT_PREFIX
 from support.policies import make_bank
 from support.ranks import run_ranks
 from support.smollm2 import smollm2
-from support.tiny_models import FAMILIES, VISUAL_FAMILIES, tiny_model
+from support.tiny_models import FAMILIES, MOE_FAMILIES, VISUAL_FAMILIES, tiny_model
 
 TOLERANCE = 1e-4
 """On log-probs, float32, as the issue of this command asks."""
@@ -154,7 +154,7 @@ def assert_equal(got: list[dict], want: list[dict], tolerance: float = TOLERANCE
         assert ours["sum_logprob"] == pytest.approx(theirs["sum_logprob"], abs=tolerance * len(ours["token_ids"]))
 
 
-@pytest.mark.parametrize(("family", "options"), [*((family, {}) for family in FAMILIES),
+@pytest.mark.parametrize(("family", "options"), [*((family, {}) for family in (*FAMILIES, *MOE_FAMILIES)),
                                                  ("qwen3_vl", ODD), ("llama", ODD)])
 def test_scores_equal_transformers_on_every_layout_with_and_without_sharing(family, options, media, tmp_path):
     path, rows = tiny_model(family, **options), rows_of(family)
