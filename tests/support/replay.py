@@ -5,6 +5,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from copd_megatron.checkpoint.peft import full_factors
@@ -83,3 +84,32 @@ def one_step(config: RunConfig, run_dir: Path, step: int, recording: Recording |
         bank = trainer.runner.backbone.bank
         return {"gradients": gradients_of(trainer), "metrics": metrics, "recording": collector.engine.recording,
                 "adapters": {e: full_factors(bank, e) for e in trainer.groups.hosted}}
+
+
+def assert_same_step(ranks: Sequence[dict], want: dict) -> None:
+    """What ``one_step`` returned on each rank is what it returned on one: gradients within 1e-9, adapters within 1e-8,
+    and the metrics, on every rank."""
+    for what, tolerance in (("gradients", 1e-9), ("adapters", 1e-8)):
+        got = _whole(ranks, what)
+        assert got.keys() == want[what].keys()
+        for expert, factors in want[what].items():
+            assert got[expert].keys() == factors.keys()
+            for name, factor in factors.items():
+                torch.testing.assert_close(got[expert][name], factor, rtol=0, atol=tolerance,
+                                           msg=f"{what} {expert} {name}")
+    for rank in ranks:
+        assert rank["metrics"].keys() == ranks[0]["metrics"].keys()
+        for name, value in want["metrics"].items():
+            if not name.startswith(("time/", "tokens/", "memory/")) and "/idle/" not in name:
+                assert rank["metrics"][name] == pytest.approx(value, rel=1e-7, abs=1e-9), name
+
+
+def _whole(ranks: Sequence[dict], what: str) -> dict[str, dict[str, torch.Tensor]]:
+    """Expert -> factors, from the ranks that speak for it; several must agree to the bit."""
+    whole: dict[str, dict[str, torch.Tensor]] = {}
+    for rank in ranks:
+        for expert, factors in rank[what].items():
+            if factors:
+                assert expert not in whole or all(torch.equal(whole[expert][n], factors[n]) for n in factors)
+                whole[expert] = factors
+    return whole

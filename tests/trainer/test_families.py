@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 
 import pytest
-import torch
 
 from support.ranks import run_ranks
-from support.replay import one_step
+from support.replay import assert_same_step, one_step
 from support.tiny_models import tiny_model
 from support.toy_run import toy_config
 
@@ -69,17 +68,7 @@ def outcomes(truth, tmp_path_factory):
 
 @pytest.mark.parametrize(("world", "number"), CASES, ids=lambda v: str(v))
 def test_a_step_equals_one_rank(world, number, truth, outcomes):
-    ranks, want = outcomes(world)[number], truth[LAYOUTS[world][number][1]]
-    for what, tolerance in (("gradients", 1e-9), ("adapters", 1e-8)):
-        for expert, factors in want[what].items():
-            got = {name: factor for rank in ranks for name, factor in rank[what][expert].items()}
-            assert got.keys() == factors.keys()
-            for name, factor in factors.items():
-                torch.testing.assert_close(got[name], factor, rtol=0, atol=tolerance, msg=f"{what} {expert} {name}")
-    for rank in ranks:
-        for name, value in want["metrics"].items():
-            if not name.startswith(("time/", "tokens/", "memory/")) and "/idle/" not in name:
-                assert rank["metrics"][name] == pytest.approx(value, rel=1e-7, abs=1e-9), name
+    assert_same_step(outcomes(world)[number], truth[LAYOUTS[world][number][1]])
 
 
 def test_the_step_moves_every_factor(truth):
