@@ -14,7 +14,7 @@ import functools
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
+META = torch.device("meta")
+_only_shapes = False
 
 FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye",
              "rand", "randn", "randint", "randperm",
@@ -37,9 +39,25 @@ route in another dtype than the backbone was trained with."""
 
 def device() -> torch.device:
     """Where this process computes: its current CUDA device, or the CPU when there is no CUDA."""
+    if _only_shapes:
+        return META
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return CPU
+
+
+@contextlib.contextmanager
+def only_shapes() -> Iterator[None]:
+    """Models that are built inside have shapes and no values (device "meta"), whatever their size."""
+    global _only_shapes
+    asked = torch.cuda.current_device
+    # Megatron passes the answer on as ``device=``.
+    torch.cuda.current_device = lambda: META
+    _only_shapes = True
+    try:
+        yield
+    finally:
+        torch.cuda.current_device, _only_shapes = asked, False
 
 
 def default_backend() -> Literal["gloo", "nccl"]:

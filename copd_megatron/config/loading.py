@@ -87,7 +87,8 @@ def _import_file(file: Path) -> ModuleType:
         raise UserError(f"recipe: {file.name}: a dot before .py; a plain module name; rename the file")
     loaded = sys.modules.get(name)
     if loaded is not None:
-        taken = not hasattr(loaded, RECIPE_MARK)
+        # Another recipe may have imported this one.
+        taken = not hasattr(loaded, RECIPE_MARK) and getattr(loaded, "__file__", None) != str(file)
     else:
         spec = importlib.util.find_spec(name)
         taken = spec is not None and spec.origin != str(file)

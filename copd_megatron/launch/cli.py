@@ -84,6 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--run-dir", metavar="DIR", help="where everything is written (default: runs/<recipe>)"
     )
     train.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build the run of shapes without values, say what is missing, and stop; config.json alone is enough",
+    )
+    train.add_argument(
+        "--world-size", type=_positive, metavar="N", help="ranks of the dry run (default: 1)"
+    )
 
     preview = _command(
         commands,

@@ -25,10 +25,20 @@ RUNS = Path("runs")
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train the experts of a recipe into a run folder."""
+    """Train the experts of a recipe into a run folder, or only say what that would take."""
     from copd_megatron.launch import run_folder
+    from copd_megatron.types import UserError
 
     config = configured(options)
+    if options.dry_run:
+        prepare()
+        from copd_megatron.launch.dry_run import dry_run
+
+        print(dry_run(config, options.world_size or 1))
+        return 0
+    if options.world_size:
+        raise UserError(f"--world-size: {options.world_size} without --dry-run; a real run has as many ranks as torchrun "
+                        "or Slurm starts; remove it")
     run_dir = Path(options.run_dir) if options.run_dir else RUNS / Path(options.recipe).stem
     if is_first_rank():
         run_folder.check_startable(run_dir, options.resume)

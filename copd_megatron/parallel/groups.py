@@ -10,7 +10,8 @@ Elsewhere every group is an argument: a wrong group raises nothing and corrupts 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -20,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch.distributed import ProcessGroup, distributed_c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from copd_megatron import platform
 from copd_megatron.config.parallel import ParallelConfig
@@ -76,6 +78,24 @@ def shutdown_distributed() -> None:
 def _stand_alone(backend: str, timeout: timedelta) -> None:
     """A world of one rank: its store lives in this process, so no port is opened."""
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+@contextmanager
+def imagined_world(rank: int, world_size: int) -> Iterator[None]:
+    """Be one rank of a world that does not exist: groups have members, their collectives move nothing.
+
+    Torch's "fake" backend, for building what a rank would hold. Nothing computed inside means anything.
+
+    Raises:
+        RuntimeError: torch.distributed is running.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("torch.distributed is running; an imagined world needs a process of its own")
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True, eq=False)

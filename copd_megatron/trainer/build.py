@@ -76,11 +76,7 @@ def build_policies(config: RunConfig) -> Policies:
     spec.check_adapter(config.adapter)
     encoder = PromptEncoder(config.model.path)
     invocation = encoder.invocation_token_ids if config.adapter.scope == "completion" else None
-    reference = _reference_folder(config.rlvr)
-    teachers = {name: _adapter_folder(folder, f"exchange.frozen_teachers.{name}", "a PEFT adapter folder")
-                for name, folder in config.exchange.frozen_teachers.items()}
-    starts = {name: _adapter_folder(expert.init_from, f"experts.{name}.init_from", "a PEFT adapter folder")
-              for name, expert in config.experts.items() if expert.init_from}
+    reference, teachers, starts = check_adapter_folders(config)
     tasks = {name: build_task(expert, name) for name, expert in config.experts.items()}
     scorers = {name: Scorer(tasks[name], expert.rewards, f"experts.{name}.rewards")
                for name, expert in config.experts.items()}
@@ -113,6 +109,19 @@ def place(config: RunConfig, replicas: int) -> Placement:
     """Experts by their weights, frozen teachers everywhere."""
     weights = {name: expert.weight for name, expert in config.experts.items()}
     return Placement.build(list(config.experts), replicas, weights, (*config.exchange.frozen_teachers, BACKBONE))
+
+
+def check_adapter_folders(config: RunConfig) -> tuple[Path | None, dict[str, Path], dict[str, Path]]:
+    """Folders of the KL penalty's reference, if it has one, of the frozen teachers, and of what experts start from.
+
+    Raises:
+        UserError: one is no PEFT adapter.
+    """
+    teachers = {name: _adapter_folder(folder, f"exchange.frozen_teachers.{name}", "a PEFT adapter folder")
+                for name, folder in config.exchange.frozen_teachers.items()}
+    starts = {name: _adapter_folder(expert.init_from, f"experts.{name}.init_from", "a PEFT adapter folder")
+              for name, expert in config.experts.items() if expert.init_from}
+    return _reference_folder(config.rlvr), teachers, starts
 
 
 def _reference_folder(config: RlvrConfig) -> Path | None:

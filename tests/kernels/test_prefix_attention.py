@@ -82,11 +82,17 @@ def test_queries_of_some_rows_give_those_rows(name, attention):
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_low_precision_stays_close(dtype, tolerance):
     spans, tokens = SPANS["trunks of several lengths"]
-    q, k, v = _inputs(tokens, 4, 2, dtype)
+    q, k, v = (x.detach().requires_grad_() for x in _inputs(tokens, 4, 2, dtype))
     got = prefix_attention(q, k, v, Plan.build(spans, tokens, q.device))
-    want = reference(*(x.double() for x in (q, k, v)), spans)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = reference(*wide, spans)
     assert got.dtype == dtype
     torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
+    grad = torch.randn_like(q)
+    for one, other in zip(torch.autograd.grad(got, (q, k, v), grad),
+                          torch.autograd.grad(want, wide, grad.double())):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=0, atol=3 * tolerance)
 
 
 @pytest.mark.gpu

