@@ -1,15 +1,16 @@
 """CoPD as the paper set it up: text, image and video experts on Qwen3-VL-4B-Instruct, on 32 H100 GPUs.
 
-    srun ... copd train examples/qwen3_vl_4b_copd.py --run-dir runs/qwen3_vl          # one task per GPU, see docs
+    copd train examples/qwen3_vl_4b_copd.py --run-dir runs/qwen3_vl       # by torchrun or srun: docs/recipes.md
 
 Gu et al. 2026, arXiv:2604.27083: 16,384 tokens in and out, 256 prompts per step, G = 8, clip range 0.2 and 0.28,
 rewards 0.9 accuracy + 0.1 format, three RLVR steps to two OPD steps, text as the hub, the sampled-token signal. Not the
-paper's: LoRA instead of full parameters, with the learning rate that goes with it, and 20 cycles, as it gives no number.
+paper's: LoRA instead of full parameters, its learning rate, and 20 cycles (the paper gives no number).
 
 ``data/text.jsonl``, ``data/image.jsonl`` and ``data/video.jsonl`` are yours: rows with "prompt" (or "messages"),
 "images" or "videos" (paths) and "answer". What is needed, checked without any of it:
 
-    copd train examples/qwen3_vl_4b_copd.py --dry-run --world-size 32 --set model.path=examples/configs/qwen3-vl-4b-instruct
+    copd train examples/qwen3_vl_4b_copd.py --dry-run --world-size 32 \\
+        --set model.path=examples/configs/qwen3-vl-4b-instruct
 """
 from pathlib import Path
 

@@ -4,7 +4,8 @@
 
 Backbone and data as in ``qwen3_vl_4b_copd.py``. What is needed, checked without any of it:
 
-    copd train examples/qwen3_vl_4b_one_node.py --dry-run --world-size 8 --set model.path=examples/configs/qwen3-vl-4b-instruct
+    copd train examples/qwen3_vl_4b_one_node.py --dry-run --world-size 8 \\
+        --set model.path=examples/configs/qwen3-vl-4b-instruct
 """
 from qwen3_vl_4b_copd import experts
 

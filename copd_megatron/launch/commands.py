@@ -37,8 +37,8 @@ def train(options: argparse.Namespace) -> int:
         print(dry_run(config, options.world_size or 1))
         return 0
     if options.world_size:
-        raise UserError(f"--world-size: {options.world_size} without --dry-run; a real run has as many ranks as torchrun "
-                        "or Slurm starts; remove it")
+        raise UserError(f"--world-size: {options.world_size} without --dry-run; a real run has as many ranks as "
+                        "torchrun or Slurm starts; remove it")
     run_dir = Path(options.run_dir) if options.run_dir else RUNS / Path(options.recipe).stem
     if is_first_rank():
         run_folder.check_startable(run_dir, options.resume)

@@ -77,7 +77,7 @@ def built_ranks(config: RunConfig, spec: BackboneSpec, layout: Layout, placement
     by_hosted: dict[tuple[str, ...], list[int]] = {}
     for replica in range(layout.replicas):
         by_hosted.setdefault(placement.experts_of(replica), []).append(replica)
-    for experts, replicas in by_hosted.items():
+    for replicas in by_hosted.values():
         for stage in range(layout.pp):
             rank = layout.rank_of(replicas[0], stage)
             alike = len(replicas) * layout.ranks_per_replica // layout.pp
