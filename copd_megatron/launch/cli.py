@@ -78,20 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    train = _command(commands, "train", "train", "train the experts of a recipe")
-    _add_recipe(train)
-    train.add_argument(
-        "--run-dir", metavar="DIR", help="where everything is written (default: runs/<recipe>)"
-    )
-    train.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
-    train.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build the run of shapes without values, say what is missing, and stop; config.json alone is enough",
-    )
-    train.add_argument(
-        "--world-size", type=_positive, metavar="N", help="ranks of the dry run (default: 1)"
-    )
+    _add_training(commands)
 
     preview = _command(
         commands,
@@ -131,6 +118,23 @@ def build_parser() -> argparse.ArgumentParser:
         commands, "doctor", "doctor", "show which parts are installed, what they are for and how to get them"
     )
     return parser
+
+
+def _add_training(commands) -> None:
+    train = _command(commands, "train", "train", "train the experts of a recipe")
+    _add_recipe(train)
+    train.add_argument(
+        "--run-dir", metavar="DIR", help="where everything is written (default: runs/<recipe>)"
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the last save in the run folder")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build the run of shapes without values, say what is missing, and stop; config.json alone is enough",
+    )
+    train.add_argument(
+        "--world-size", type=_positive, metavar="N", help="ranks of the dry run (default: 1)"
+    )
 
 
 def _add_run_folders(commands) -> None:
