@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from copd_megatron.types import UserError
+
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 """Writing 5 to the first one resets VmHWM in the second one (proc_pid_clear_refs(5))."""
 
@@ -16,14 +18,18 @@ class PeakMemory:
     what the process held at the beginning, and ``seconds`` how long.
 
     Raises:
-        OSError: there is no such mark: another system than Linux.
+        UserError: the system has no such mark.
     """
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
-        # What was freed but not given back would serve the block and hide what it takes.
-        ctypes.CDLL(None).malloc_trim(0)
-        CLEAR.write_text("5")
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # what was freed but not given back would serve the block and hide what it takes
+        try:
+            CLEAR.write_text("5")
+        except OSError as error:
+            raise UserError(f"--profile: {CLEAR} cannot be written ({error}); it needs Linux's high-water mark of "
+                            "memory; leave it out") from error
         self._before, self._start = _resident("VmRSS"), time.monotonic()
         self.peak_bytes, self.seconds = 0, 0.0
         return self

@@ -1,7 +1,9 @@
 """Megatron checkpoints: Megatron's own GPTModel loads them and computes transformers' logits; the way back is exact."""
 from __future__ import annotations
 
+import resource
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -198,6 +200,22 @@ def test_broken_and_unfitting_checkpoints_are_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot be read \(.*; a complete checkpoint is needed"):
         from_megatron(tmp_path / "megatron", path, spec, tmp_path / "back")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["megatron"]
+
+
+def _convert_where_files_are_small(path: Path, folder: Path) -> str:
+    """The kernel refuses to write more than 10 kB to one file, as a full disk would."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    with pytest.raises(UserError) as error:
+        to_megatron(path, check_backbone(path), folder)
+    return str(error.value)
+
+
+def test_a_disk_that_refuses_leaves_one_error_and_no_folder(tmp_path):
+    [message] = run_ranks(1, _convert_where_files_are_small, tiny_model("qwen3"), tmp_path / "megatron")
+    assert message.startswith(f"{tmp_path / 'megatron'}: the Megatron checkpoint could not be written (")
+    assert "free space" in message and "\n" not in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_mixed_types_ask_for_one(tmp_path):
