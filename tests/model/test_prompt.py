@@ -89,6 +89,9 @@ def test_pixel_budgets_and_frame_times_are_the_processors(family):
     assert prompt.token_ids.tolist() == theirs["input_ids"][0].tolist()
     assert np.array_equal(prompt.visual.image_patches, theirs["pixel_values"])
     assert np.array_equal(prompt.visual.video_patches, theirs["pixel_values_videos"])
+    if family == "qwen2_5_vl":
+        assert np.array_equal(prompt.visual.video_seconds, np.asarray(theirs["second_per_grid_ts"], np.float64))
+        assert prompt.visual.video_seconds == pytest.approx([2 / (4 / 30 * 10)])
     assert prompt.visual.image_grids.prod() * 64 <= 2048 < encoder.encode(
         question("free", replace(image, pixel_budget=(None, None))), "shapes").visual.image_grids.prod() * 64
     with pytest.raises(UserError, match="have the pixel budgets"):
