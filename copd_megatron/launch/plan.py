@@ -116,7 +116,8 @@ def plan_text(plan: Plan) -> str:
     prompts = ", ".join(f"{name} {p.tokens}" for name, p in job.prompts.items())
     parts = [
         f"{layout.world_size} ranks of {plan.hardware.name}: TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x "
-        f"{layout.replicas} replicas; {len(job.experts)} experts, {len(job.edges)} edges",
+        f"{layout.replicas} replicas" + (f" (MoE experts: EP {layout.ep} x ETP {layout.etp})" if job.spec.moe else "")
+        + f"; {len(job.experts)} experts, {len(job.edges)} edges",
         f"prompt tokens: {prompts}; completion tokens: {job.completion_tokens}", "",
         _memory_text(plan), "", _traffic_text(plan), "", _time_text(plan), "", "assumptions",
         *(f"  {line}" for line in assumptions(plan.hardware, job.model.dtype))]
@@ -177,19 +178,27 @@ def layout_text(layout: Layout, placement: Placement) -> str:
 def search_text(found: Sequence[Candidate], hardware: Hardware) -> str:
     """The fastest layouts that fit, and why the others do not."""
     fitting = [c for c in found if c.fits]
-    rows = [[str(c.tp), str(c.pp), str(c.cp), str(c.replicas), size_text(c.peak_bytes), f"{c.time.total:.3g}",
+    moe = any(c.ep * c.etp > 1 for c in found)
+    rows = [[*_sizes(c, moe), str(c.replicas), size_text(c.peak_bytes), f"{c.time.total:.3g}",
              f"{c.time.rollout:.3g}", f"{c.time.score:.3g}", f"{c.time.exchange:.3g}", f"{c.time.update:.3g}"]
             for c in fitting[:BEST]]
     parts = [f"{len(found)} layouts, {len(fitting)} fit {hardware.name}; the fastest by estimated seconds of a step"]
     if rows:
-        header = ["TP", "PP", "CP", "replicas", "peak", "step", "rollout", "score", "exchange", "update"]
+        header = [*_SIZES[:5 if moe else 3], "replicas", "peak", "step", "rollout", "score", "exchange", "update"]
         parts.append(format_table(header, rows))
     rest = found[len(fitting):]
     if rest:
         parts += ["", "why the others do not fit"]
-        parts.append(format_table(["TP", "PP", "CP", "reason"],
-                                  [[str(c.tp), str(c.pp), str(c.cp), c.reason] for c in rest]))
+        parts.append(format_table([*_SIZES[:5 if moe else 3], "reason"], [[*_sizes(c, moe), c.reason] for c in rest]))
     return "\n".join(parts)
+
+
+_SIZES = ("TP", "PP", "CP", "EP", "ETP")
+
+
+def _sizes(candidate: Candidate, moe: bool) -> list[str]:
+    sizes = (candidate.tp, candidate.pp, candidate.cp, candidate.ep, candidate.etp)
+    return [str(size) for size in sizes[:5 if moe else 3]]
 
 
 def plan_json(plan: Plan | None, found: Sequence[Candidate] | None, ranks: bool) -> dict[str, Any]:

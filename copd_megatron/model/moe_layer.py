@@ -183,7 +183,11 @@ class FrozenMoE(MoELayer):
         if torch.is_grad_enabled() and not hidden.requires_grad and self.token_dispatcher.tp_ep_group.size() > 1:
             # No row of this rank is adapted yet. Others' are, and their backward needs this rank's part.
             hidden = hidden.detach().requires_grad_()
-        return super().forward(hidden)[0]
+        out = super().forward(hidden)[0]
+        # Megatron's dispatcher would keep them, and through them the graph of this call, until the next.
+        dispatcher = self.token_dispatcher
+        dispatcher.probs = dispatcher.routing_map = dispatcher.reversed_local_input_permutation_mapping = None
+        return out
 
     def join(self) -> None:
         """Take part in one call of this layer on the other ranks, without rows. No gradient."""

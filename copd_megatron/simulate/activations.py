@@ -9,20 +9,24 @@ norms' wide type):
     rotary      4 d b (cos and sin, for q and for k)
     attention   q Q b, k K b, out Q b, log-sum-exp heads x 4, and v as a view of the fused qkv: (Q + 2 K) b
     SwiGLU      fused gate and up 2 F b, silu(gate) F b
+    MoE layer   in place of SwiGLU: scores E w and their sorting 8 E, 40 bytes for each of the top k, and for each MoE
+                expert that a row passes 4 F b of its own F: fused gate and up, silu(gate), their product
 
 With ``model.recompute=full`` a layer saves its input, H b, and one layer at a time is as above. With ``selective``
 norms keep their input in the compute type, attention neither log-sum-exp nor an out that no adapter reads, SwiGLU no
 silu(gate). Under sequence parallelism a rank has 1 / TP of the rows of norms, of the adapters' inputs of width H and
 of their r numbers after row-parallel linears; under context parallelism it keeps the gathered k and v, 2 CP K b, in
-place of its own. A layer whose input needs no gradient (the first adapted one) saves less. Where scope
-is ``completion``, trunks keep k and v for the leaves' backward. Counted for prefix sharing; naive packs
-in scope ``completion`` copy some rows besides.
+place of its own. Rows are taken to choose all MoE experts alike often: what expert parallelism brings to a rank is as
+much as what leaves it. A layer whose input needs no gradient (the first adapted one) saves less. Where scope is
+``completion``, trunks keep k and v for the leaves' backward. Counted for prefix sharing; naive packs in scope
+``completion`` copy some rows besides.
 """
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from copd_megatron.model.backbone import DTYPES, stage_layers
+from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.simulate.job import Job, Rows
 
@@ -55,6 +59,8 @@ class Width:
     """Ranks that share the rows between linears: TP under sequence parallelism."""
     context: int = 1
     """Ranks whose keys and values each of them gathers: CP."""
+    moe: float = 0
+    """Numbers that a MoE layer makes at a time for one row: copies of it, gate and up of each MoE expert it passes."""
 
     @classmethod
     def of(cls, job: Job, layout: Layout) -> Width:
@@ -63,9 +69,9 @@ class Width:
         item = DTYPES[job.model.dtype].itemsize
         wide = max(4, item)
         heads, kv_heads = spec.num_heads // tp, spec.kv_groups(tp) // tp
-        return cls(spec.hidden_size, heads * spec.head_dim, kv_heads * spec.head_dim, spec.ffn_hidden_size // tp,
+        return cls(spec.hidden_size, heads * spec.head_dim, kv_heads * spec.head_dim, _dense_width(spec, tp),
                    spec.head_dim, heads, kv_heads, spec.padded_vocab_size(tp) // tp, item, wide, wide,
-                   tp if layout.sequence_parallel else 1, layout.cp)
+                   tp if layout.sequence_parallel else 1, layout.cp, _moe_width(spec, layout))
 
     @property
     def mixed(self) -> int:
@@ -73,13 +79,24 @@ class Width:
         return self.q + 2 * self.kv
 
 
-def layer_row_bytes(job: Job, width: Width, needs_grad: bool) -> float:
-    """Bytes that autograd saves for one row in one layer, on one of the ranks that have it.
+def _dense_width(spec: BackboneSpec, tp: int) -> int:
+    """F of dense layers, 0 where there are none."""
+    return 0 if spec.moe and len(spec.moe.layers) == spec.num_layers else spec.ffn_hidden_size // tp
+
+
+def _moe_width(spec: BackboneSpec, layout: Layout) -> float:
+    if spec.moe is None:
+        return 0
+    return spec.moe.top_k * (spec.hidden_size + 2 * spec.moe.ffn_hidden_size) / layout.tp
+
+
+def layer_row_bytes(job: Job, width: Width, layer: int, needs_grad: bool) -> float:
+    """Bytes that autograd saves for one row in one (global) layer, on one of the ranks that have it.
 
     Args:
         needs_grad: whether the layer's input does; not so in the first layer with adapters.
     """
-    adapted, rank = set(job.adapter.targets), job.adapter.rank
+    adapted, rank = _adapted(job, layer), job.adapter.rank
     b, norm = width.item, _norm_row_bytes(job, width)
     hidden, own_rank = width.hidden / width.sequence, rank / width.sequence
     total, grad = 0.0, needs_grad
@@ -101,10 +118,22 @@ def layer_row_bytes(job: Job, width: Width, needs_grad: bool) -> float:
         total += (hidden + len(into_fc1) * rank) * b
         grad = True
     if grad:
-        total += (2 if _selective(job) else 3) * width.ffn * b
+        total += _moe_row_bytes(job, width) if job.spec.is_moe(layer) else (2 if _selective(job) else 3) * width.ffn * b
     if "down_proj" in adapted:
         total += (width.ffn + own_rank) * b
     return total
+
+
+def _adapted(job: Job, layer: int) -> set[str]:
+    return {target for target in job.adapter.targets if job.spec.has_linear(layer, target)}
+
+
+def _moe_row_bytes(job: Job, width: Width) -> float:
+    """Of router, dispatch and MoE experts; ETP gathers as many rows as it cuts them."""
+    moe = job.spec.moe
+    routing = moe.experts * (width.wide + 8) + 40 * moe.top_k
+    experts = moe.top_k * ((2 if _selective(job) else 4) * moe.ffn_hidden_size + 1) * width.item
+    return (routing + experts) / width.sequence
 
 
 def _selective(job: Job) -> bool:
@@ -143,8 +172,8 @@ def saved_bytes(job: Job, layout: Layout, stage: int, rows: Rows, width: Width) 
     if job.model.recompute == "full":
         total += len(layers) * grad_rows * width.hidden / width.sequence * width.item
     else:
-        total += sum(grad_rows * layer_row_bytes(job, width, index > first) for index in layers)
-        total += len(layers) * _working_copies(job, layout, width)
+        total += sum(grad_rows * layer_row_bytes(job, width, index, index > first) + _working_copies(job, width, index)
+                     for index in layers)
     total += len(layers) * trunk_rows * 2 * width.context * width.kv * width.item
     if stage == layout.pp - 1:
         copies = 1 if width.context == 1 else 1 + width.context  # all rows that are scored, and the own ones again
@@ -161,9 +190,9 @@ def _differentiated(job: Job, rows: Rows) -> tuple[int, int]:
     return (rows.leaves, rows.trunk) if apart else (rows.tokens, 0)
 
 
-def _working_copies(job: Job, layout: Layout, width: Width) -> int:
+def _working_copies(job: Job, width: Width, layer: int) -> int:
     """Bytes of adapters that one layer saves as copies: fused A, and all of them where types differ."""
-    adapted, rank, b = set(job.adapter.targets), job.adapter.rank, width.item
+    adapted, rank, b = _adapted(job, layer), job.adapter.rank, width.item
     fused = len(adapted & {"q_proj", "k_proj", "v_proj"}) + len(adapted & {"gate_proj", "up_proj"})
     copies = fused * rank * width.hidden * b
     if b < 4:
@@ -185,9 +214,10 @@ def backward_bytes(job: Job, layout: Layout, rows: Rows, width: Width) -> float:
     when it is recomputed.
     """
     grad_rows, _ = _differentiated(job, rows)
-    total = grad_rows * (2 * width.hidden + 2 * width.ffn) * width.item
+    total = grad_rows * (2 * width.hidden + max(2 * width.ffn, width.moe)) * width.item
     if job.model.recompute == "full":
-        total += grad_rows * layer_row_bytes(job, width, True) + _working_copies(job, layout, width)
+        layers = range(job.adapter.first_layer, job.spec.num_layers)
+        total += max(grad_rows * layer_row_bytes(job, width, i, True) + _working_copies(job, width, i) for i in layers)
     return total
 
 
@@ -200,7 +230,7 @@ def forward_bytes(job: Job, rows: Rows, width: Width) -> float:
 
 def forward_row_bytes(width: Width) -> int:
     """What a layer makes on the way for one row, where it is fullest."""
-    swiglu = (2 * width.hidden + 4 * width.ffn) * width.item + width.hidden * width.wide
+    swiglu = (2 * width.hidden + max(4 * width.ffn, 2 * width.moe)) * width.item + width.hidden * width.wide
     return max(swiglu, (2 * width.hidden + 5 * width.q + 3 * width.mixed) * width.item)
 
 

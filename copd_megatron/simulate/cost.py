@@ -4,6 +4,8 @@
     pipeline    (m + PP - 1) / m for m microbatches; the longest stage counts, the head is the last stage's
     decoding    per step the larger of: reading the weights and the KV, computing, launching the operations
     collectives latency + bytes a rank sends / bandwidth, nothing overlaps; TP groups lie within a node while they fit
+    MoE         rows choose all MoE experts alike often; each crosses to its top k and back by all-to-all; decoding
+                reads those that some lane has chosen
     step        the slowest replica of each phase, as phases end with collectives over all replicas
 
 Operations are those of `flops` (prefix sharing included). Not counted: data loading, rewards, the vision tower,
@@ -20,11 +22,13 @@ from copd_megatron.parallel.placement import Placement
 from copd_megatron.simulate.flops import Flops, PassStreams, UpdateShape, pass_flops, pass_streams
 from copd_megatron.simulate.hardware import Hardware
 from copd_megatron.simulate.job import Group, Job
-from copd_megatron.simulate.memory import adapter_bytes, backbone_bytes
+from copd_megatron.simulate.memory import MOE_EXPERTS, adapter_bytes, backbone_bytes
 from copd_megatron.simulate.traffic import chosen, transfers
 
 OPERATIONS_PER_LAYER = 45
 """Kernels that one layer's forward launches in an eager program, adapters included; a backward launches twice."""
+OPERATIONS_PER_MOE = 45
+"""Those of a MoE layer besides: router, sorting, dispatch, grouped products."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def _pipeline_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops, b
                    passes: int) -> float:
     """Seconds of ``batches`` microbatches; ``passes``: 1 forward, 3 with backward, 4 with recomputation."""
     layers = len(stage_layers(job.spec.num_layers, layout.pp, 0))
-    launching = batches * layers * OPERATIONS_PER_LAYER * passes * hardware.operation_s
+    launching = batches * _operations(job, layout) * passes * hardware.operation_s
     busy = max(_compute_time(job, layout, hardware, flops), launching)
     item = DTYPES[job.model.dtype].itemsize
     stream = rows / layout.cp * job.spec.hidden_size * item
@@ -157,10 +161,34 @@ def _pipeline_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops, b
         heads = job.spec.kv_groups(layout.tp) // layout.tp
         kv = 2 * heads * job.spec.head_dim * item * rows / layout.cp * (layout.cp - 1)
         busy += forwards * layers * (kv / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+    busy += forwards * _dispatch_time(job, layout, hardware, rows / layout.cp, batches)
     if layout.pp > 1:
         near = layout.world_size <= hardware.ranks_per_node
         busy += forwards * (stream / hardware.bandwidth(near) + batches * hardware.latency_s(near))
     return busy * (batches + layout.pp - 1) / batches
+
+
+def _moe_layers(job: Job, layout: Layout) -> int:
+    """MoE layers of the first stage, the longest."""
+    return sum(job.spec.is_moe(layer) for layer in stage_layers(job.spec.num_layers, layout.pp, 0))
+
+
+def _operations(job: Job, layout: Layout) -> int:
+    """Launches of one forward of the longest stage."""
+    layers = len(stage_layers(job.spec.num_layers, layout.pp, 0))
+    return layers * OPERATIONS_PER_LAYER + _moe_layers(job, layout) * OPERATIONS_PER_MOE
+
+
+def _dispatch_time(job: Job, layout: Layout, hardware: Hardware, rows: float, calls: int) -> float:
+    """Seconds in which ``rows`` of the stream of TP ranks travel to MoE experts and back, in all layers of a stage."""
+    ranks = layout.ep * layout.etp
+    if job.spec.moe is None or ranks == 1:
+        return 0.0
+    near = ranks <= hardware.ranks_per_node
+    routed = rows / layout.tp * job.spec.moe.top_k * job.spec.hidden_size * DTYPES[job.model.dtype].itemsize
+    sent = 2 * routed * ((layout.ep - 1) / layout.ep + layout.etp - 1)
+    messages = 3 * (layout.ep > 1) + 3 * (layout.etp > 1) + 1  # rows, weights, answers; and the sizes before them
+    return _moe_layers(job, layout) * (sent / hardware.bandwidth(near) + calls * messages * hardware.latency_s(near))
 
 
 def _rollout_time(job: Job, layout: Layout, hardware: Hardware, groups: list[Group], flops: Flops) -> float:
@@ -168,18 +196,24 @@ def _rollout_time(job: Job, layout: Layout, hardware: Hardware, groups: list[Gro
     spec, item = job.spec, DTYPES[job.model.dtype].itemsize
     lanes = sum(group.count for group in groups) * job.rollout.group_size / layout.cp
     waves = max(1, -(-int(lanes) // job.rollout.decode_lanes))
-    weights = sum(sum(v for part, v in backbone_bytes(spec, layout, stage, job.model.dtype, job.model.fp8).items()
-                      if part != "embedding" or spec.tied_head) for stage in range(layout.pp))
+    parts = [backbone_bytes(spec, layout, stage, job.model.dtype, job.model.fp8) for stage in range(layout.pp)]
+    weights = sum(v for stage in parts for part, v in stage.items()
+                  if part != MOE_EXPERTS and (part != "embedding" or spec.tied_head))
+    if spec.moe is not None:
+        decoding = min(lanes, job.rollout.decode_lanes) * (layout.cp if layout.ep * layout.etp > 1 else 1)
+        read = 1 - (1 - spec.moe.top_k / spec.moe.experts) ** decoding
+        weights += read * sum(stage.get(MOE_EXPERTS, 0) for stage in parts)
     kv_row = 2 * spec.kv_groups(layout.tp) // layout.tp * spec.head_dim * spec.num_layers * item
     prefixes = sum(group.count * job.prompts[group.domain].tokens for group in groups) / layout.cp
     kv = (prefixes + lanes * job.completion_tokens / 2) * kv_row / waves
     steps = waves * job.completion_tokens
     memory = (weights + kv) / hardware.memory_bandwidth
-    launching = spec.num_layers * OPERATIONS_PER_LAYER * hardware.operation_s
+    launching = _operations(job, replace(layout, pp=1)) * hardware.operation_s
     compute = _compute_time(job, replace(layout, pp=1), hardware, flops) / steps
     relay = 0.0
     if layout.tp > 1:
         relay += 2 * spec.num_layers * hardware.latency_s(layout.tp <= hardware.ranks_per_node)
+    relay += _dispatch_time(job, replace(layout, pp=1), hardware, lanes / waves, 1)
     if layout.pp > 1:
         relay += layout.pp * hardware.latency_s(layout.world_size <= hardware.ranks_per_node)
     return steps * (max(memory, launching, compute) + relay)

@@ -11,7 +11,8 @@ forward and backward of one expert over them; the backbone gets no weight gradie
 A stream of T tokens with a score for each of S (query, key) pairs costs per layer, at 2 FLOPs per
 multiply-add, with W the weights of the layer's linears, d the head dim and r the rank:
 
-    linears     2 T W           backward: 1x (gradient of the input)
+    linears     2 T W           backward: 1x (gradient of the input); of a MoE layer's MLP, W is the router's weights
+                                and those of the top-k MoE experts that a token passes
     attention   4 d heads S     backward: 2.5x (scores again, then gradients of q, k, v and scores)
     adapters    2 r (in + out)  per adapted row and projection; backward: 2x (A, B, hidden, input)
     head        2 H V           per scored token, once; backward: 2x (logits again, gradient of the input)
@@ -132,14 +133,13 @@ def pass_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams,
         backward: also the backward.
         stored: the states that no adapter touches (``below``, ``trunks``) come from an earlier pass.
     """
-    depth = spec.num_layers - adapter.first_layer
-    one = _layer_forward(spec, adapter, streams.lanes)
-    cost = one * depth + Flops(head=2.0 * spec.hidden_size * spec.vocab_size * streams.scored)
+    upper, lower = range(adapter.first_layer, spec.num_layers), range(adapter.first_layer)
+    lanes = _forward(spec, adapter, streams.lanes, upper)
+    cost = lanes + Flops(head=2.0 * spec.hidden_size * spec.vocab_size * streams.scored)
     if not stored:
-        cost += _layer_forward(spec, adapter, streams.below) * adapter.first_layer
-        cost += _layer_forward(spec, adapter, streams.trunks) * depth
+        cost += _forward(spec, adapter, streams.below, lower) + _forward(spec, adapter, streams.trunks, upper)
     if backward:
-        back = Flops(one.linears, 2 * one.adapters, 2.5 * one.attention) * depth
+        back = Flops(lanes.linears, 2 * lanes.adapters, 2.5 * lanes.attention)
         cost += back + Flops(head=2 * cost.head) + _undifferentiated(spec, adapter, streams.lanes) * -1
     return cost
 
@@ -172,21 +172,32 @@ def _shape(spec: BackboneSpec, projection: str) -> tuple[int, int]:
             "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}[projection]
 
 
-def _weights(spec: BackboneSpec, linears: Sequence[tuple[str, ...]]) -> int:
-    return sum(out * inp for linear in linears for out, inp in (_shape(spec, p) for p in linear))
+def _weights(spec: BackboneSpec, layer: int, linears: Sequence[tuple[str, ...]] = LINEARS) -> int:
+    """Weights that one token meets in these linears of a layer; the last of all of them are a MoE layer's MLP."""
+    own = sum(out * inp for linear in linears for p in linear if spec.has_linear(layer, p)
+              for out, inp in [_shape(spec, p)])
+    if not spec.is_moe(layer) or linears[-1] != LINEARS[-1]:
+        return own
+    moe = spec.moe
+    return own + spec.hidden_size * (moe.experts + 3 * moe.top_k * moe.ffn_hidden_size)
 
 
-def _layer_forward(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream) -> Flops:
-    weights = _weights(spec, LINEARS)
-    widths = sum(sum(_shape(spec, p)) for p in adapter.targets)
+def _forward(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream, layers: range) -> Flops:
+    """The forward of a stream through some layers."""
+    weights = sum(_weights(spec, layer) for layer in layers)
+    widths = sum(sum(_shape(spec, p)) for layer in layers for p in adapter.targets if spec.has_linear(layer, p))
     return Flops(2.0 * stream.tokens * weights, 2.0 * stream.adapted * adapter.rank * widths,
-                 4.0 * spec.head_dim * spec.num_heads * stream.pairs)
+                 4.0 * spec.head_dim * spec.num_heads * stream.pairs * len(layers))
 
 
 def _undifferentiated(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream) -> Flops:
-    """What the backward of the first adapted layer leaves out, up to the first linear with an adapter."""
-    first = next(i for i, linear in enumerate(LINEARS) if set(linear) & set(adapter.targets))
-    weights = _weights(spec, LINEARS[:first + 1])
+    """What the backward leaves out, up to the first linear with an adapter."""
+    first, layer = next((i, layer) for layer in range(adapter.first_layer, spec.num_layers)
+                        for i, linear in enumerate(LINEARS) if any(
+                            p in adapter.targets and spec.has_linear(layer, p) for p in linear))
+    before = _forward(spec, adapter, stream, range(adapter.first_layer, layer))
+    weights = _weights(spec, layer, LINEARS[:first + 1])
     inputs = sum(_shape(spec, p)[1] for p in LINEARS[first] if p in adapter.targets)
-    attention = 2.5 * _layer_forward(spec, adapter, stream).attention if first > 0 else 0.0
-    return Flops(2.0 * stream.tokens * weights, 2.0 * stream.adapted * adapter.rank * inputs, attention)
+    attention = _forward(spec, adapter, stream, range(layer, layer + 1)).attention if first > 0 else 0.0
+    return Flops(before.linears + 2.0 * stream.tokens * weights, 2.0 * stream.adapted * adapter.rank * inputs,
+                 2.5 * (before.attention + attention))

@@ -43,6 +43,7 @@ STEP_BYTES = 4
 """Adam's count of updates, one float32 per parameter."""
 SCALE_BYTES = 4
 """float32 scale of a row in FP8."""
+MOE_EXPERTS = "moe experts"
 PHASES = ("rollout", "score", "update", "evaluate")
 
 
@@ -89,25 +90,30 @@ class _Seat:
 
 @lru_cache(maxsize=4096)
 def backbone_bytes(spec: BackboneSpec, layout: Layout, stage: int, dtype: str, fp8: str = "none") -> dict[str, int]:
-    """Bytes of the frozen shards of a stage: embedding, layers, head. Every TP rank holds equally many.
+    """Bytes of the frozen shards of a stage: embedding, layers, MoE experts (if it has any), head. Every TP rank holds
+    equally many.
 
     ``fp8``: ``model.fp8``; in FP8 rows a linear has a byte per element and a float32 scale per row.
     """
     shapes = expected_shapes(spec)
     item = DTYPES[dtype].itemsize
-    layers = 0
+    layers = experts = 0
     for index in stage_layers(spec.num_layers, layout.pp, stage):
         for name, pieces in layer_pieces(spec, index, 0, layout.tp, MoeShard(ep=layout.ep, etp=layout.etp)).items():
             elements = sum(piece.elements(shapes[piece.name]) for piece in pieces)
             rows = sum(Piece(p.name, p.rows).elements(shapes[p.name][:1]) for p in pieces)
             rounded = fp8 != "none" and ".linear_" in name and name.endswith(".weight")
-            layers += elements + SCALE_BYTES * rows if rounded else item * elements
+            size = elements + SCALE_BYTES * rows if rounded else item * elements
+            if ".experts." in name:
+                experts += size
+            else:
+                layers += size
     hidden = spec.hidden_size
     table = spec.padded_vocab_size(layout.tp) // layout.tp * hidden
     first, last = stage == 0, stage == layout.pp - 1
     own_head = HEAD_NAME in shapes or not first
     norm = math.prod(shapes[f"{TEXT_PREFIX[spec.family]}norm.weight"])
-    return {"embedding": item * table * first, "layers": layers,
+    return {"embedding": item * table * first, "layers": layers, **({MOE_EXPERTS: experts} if experts else {}),
             "head": item * (norm + table * own_head) * last}
 
 

@@ -16,7 +16,8 @@ Members = dict[str, list[tuple[int, ...]]]
 
 
 def groups_of(layout: Layout, placement: Placement) -> Members:
-    """Kind of group ("tp", "cp", "pp", "replica", "exchange", "adapter/EXPERT") -> members of each, global ranks."""
+    """Kind of group ("tp", "cp", "pp", "replica", "exchange", "moe_expert", "adapter/EXPERT") -> global ranks of
+    each."""
     replicas, stages = range(layout.replicas), range(layout.pp)
     contexts, tensors = range(layout.cp), range(layout.tp)
     at = layout.rank_of
@@ -27,6 +28,9 @@ def groups_of(layout: Layout, placement: Placement) -> Members:
         "replica": [layout.replica_ranks(r) for r in replicas],
         "exchange": [layout.peers(*cell) for cell in layout.cells()],
     }
+    if layout.ep > 1:
+        found["moe_expert"] = [layout.moe_expert_peers(r, p, t) for p in stages for r in replicas
+                               for t in range(layout.etp)]
     for expert, hosts in zip(placement.experts, placement.hosts):
         found[f"adapter/{expert}"] = [layout.peers(*cell, hosts) for cell in layout.cells()]
     return found

@@ -1,6 +1,7 @@
 """All layouts of so many ranks: which fit, the fastest of those, and why the others do not.
 
-A layout is every TP x PP x CP whose product divides the number of ranks; the rest are replicas. It fits when the
+A layout is every TP x PP x CP whose product divides the number of ranks; the rest are replicas. With MoE layers it is
+also every way to spread MoE experts over TP x CP, or none, and TP brings sequence parallelism. It fits when the
 trainer would accept it and the fullest rank's peak stays within the hardware's usable memory.
 """
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Candidate:
     pp: int
     cp: int
     replicas: int
+    ep: int = 1
+    etp: int = 1
     peak_bytes: float | None = None
     """Of the fullest rank; None where the layout is impossible anyway."""
     time: StepTime | None = None
@@ -77,32 +80,43 @@ def fullest(kinds: Sequence[RankKind]) -> RankKind:
 
 def search(job: Job, world_size: int, hardware: Hardware, transport: str) -> list[Candidate]:
     """Every layout of ``world_size`` ranks: those that fit, fastest first, then the others."""
-    found = [_candidate(job, world_size, tp, pp, cp, hardware, transport)
+    found = [_candidate(job, (tp, pp, cp, world_size // (tp * pp * cp)), (ep, etp), hardware, transport)
              for tp in _divisors(world_size) if tp <= max(job.spec.num_heads, 1)
              for pp in _divisors(world_size // tp) if pp <= job.spec.num_layers
-             for cp in _divisors(world_size // (tp * pp)) if cp <= MAX_CONTEXT]
-    return sorted(found, key=lambda c: (not c.fits, c.time.total if c.time else 0.0, c.pp, c.tp, c.cp))
+             for cp in _divisors(world_size // (tp * pp)) if cp <= MAX_CONTEXT
+             for ep, etp in _moe_cuts(job, tp * cp)]
+    return sorted(found, key=lambda c: (not c.fits, c.time.total if c.time else 0.0, c.pp, c.tp, c.cp, c.etp))
+
+
+def _moe_cuts(job: Job, ranks: int) -> list[tuple[int, int]]:
+    """(EP, ETP) to look at: MoE experts whole on every rank, and spread over all of ``ranks``."""
+    if job.spec.moe is None:
+        return [(1, 1)]
+    return list(dict.fromkeys([(1, 1), *((ep, ranks // ep) for ep in _divisors(ranks))]))
 
 
 def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _candidate(job: Job, world_size: int, tp: int, pp: int, cp: int, hardware: Hardware,
+def _candidate(job: Job, sizes: tuple[int, int, int, int], moe: tuple[int, int], hardware: Hardware,
                transport: str) -> Candidate:
-    replicas = world_size // (tp * pp * cp)
+    """``sizes``: TP, PP, CP, replicas; ``moe``: EP, ETP."""
+    tp, pp, cp, replicas = sizes
+    shape = (*sizes, *moe)
     try:
-        layout = Layout(tp=tp, pp=pp, cp=cp, replicas=replicas)
+        layout = Layout(tp=tp, pp=pp, cp=cp, replicas=replicas, ep=moe[0], etp=moe[1],
+                        sequence_parallel=job.spec.moe is not None and tp > 1)
         job.spec.check_layout(layout)
         placement = job.place(replicas)
     except UserError as error:
-        return Candidate(tp, pp, cp, replicas, reason=str(error))
+        return Candidate(*shape, reason=str(error))
     worst = fullest(rank_kinds(job, layout, placement))
     peak, limit = worst.memory.peak_bytes, hardware.usable_bytes
     if peak > limit:
         parts = worst.memory.parts()
         largest = max(parts, key=parts.get)
-        return Candidate(tp, pp, cp, replicas, peak, reason=(
+        return Candidate(*shape, peak, reason=(
             f"needs {peak / 1e9:.1f} GB in {worst.memory.peak_phase} on stage {worst.stage}, {hardware.name} has "
             f"{limit / 1e9:.1f} GB to plan with; most is {largest}, {parts[largest] / 1e9:.1f} GB"))
-    return Candidate(tp, pp, cp, replicas, peak, step_time(job, layout, placement, hardware, transport))
+    return Candidate(*shape, peak, step_time(job, layout, placement, hardware, transport))

@@ -12,7 +12,7 @@ from copd_megatron.model.shared_prefix import Leaf, LeafGroup, PackRules, build_
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
 from copd_megatron.model.vocab_parallel import score
 from copd_megatron.simulate.flops import LINEARS, WAYS, Flops, UpdateShape, update_flops
-from support.random_backbone import SPEC, make_prompt, one_rank_groups
+from support.random_backbone import MOE_SPEC, SPEC, make_prompt, one_rank_groups
 
 CPU = torch.device("cpu")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -92,9 +92,9 @@ def groups():
     made.destroy()
 
 
-def _run_and_count(groups, way, shape, adapter, attention):
+def _run_and_count(groups, way, shape, adapter, attention, spec=SPEC):
     """FLOPs by operator of one update on a real backbone."""
-    spec = replace(SPEC, deepstack_layers=0, vocab_size=53)
+    spec = replace(spec, deepstack_layers=0, vocab_size=53)
     model = ModelConfig(path="-", dtype="float32", prefix_sharing=way != "naive", attention=attention)
     backbone = Backbone(spec, groups, model, adapter)
     for expert in (f"e{n}" for n in range(shape.experts)):
@@ -119,6 +119,14 @@ def test_equals_torchs_counter(groups, way, scope, first_layer):
     spec, counts = _run_and_count(groups, way, shape, adapter, "flash")
     assert set(counts) <= {"mm", "addmm", "bmm"}
     want = update_flops(way, shape, spec, adapter)
+    assert sum(counts.values()) == want.linears + want.adapters + want.head
+
+
+@pytest.mark.parametrize(("targets", "first_layer"), [(TARGETS, 0), (TARGETS, 1), (("v_proj",), 2), (("up_proj",), 0)])
+def test_of_moe_layers_torch_counts_what_a_token_passes(groups, targets, first_layer):
+    shape, adapter = SHAPES[0], AdapterConfig(rank=5, targets=targets, first_layer=first_layer)
+    spec, counts = _run_and_count(groups, "shared", shape, adapter, "flash", MOE_SPEC)
+    want = update_flops("shared", shape, spec, adapter)
     assert sum(counts.values()) == want.linears + want.adapters + want.head
 
 

@@ -21,6 +21,7 @@ from copd_megatron.launch.plan import job_of, layout_of
 from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.hf_config import read_spec
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack
+from copd_megatron.model.spec import MoeSpec
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
@@ -28,7 +29,14 @@ from copd_megatron.rollout.kv_cache import OwnCache
 from copd_megatron.simulate.activations import Width, backward_bytes, saved_bytes
 from copd_megatron.simulate.inputs import vision_bytes
 from copd_megatron.simulate.job import Job, PromptLengths
-from copd_megatron.simulate.memory import adapter_bytes, backbone_bytes, on_rank, own_capacity, rank_memory
+from copd_megatron.simulate.memory import (
+    MOE_EXPERTS,
+    adapter_bytes,
+    backbone_bytes,
+    on_rank,
+    own_capacity,
+    rank_memory,
+)
 from copd_megatron.simulate.ranks import rank_records
 from copd_megatron.trainer.batching import Lane, Sample, make_microbatches
 from copd_megatron.trainer.optimizer import ExpertOptimizer
@@ -42,6 +50,9 @@ from support.toy_tasks import LetterTask
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDE = replace(SPEC, num_layers=4, hidden_size=64, ffn_hidden_size=160, num_heads=8, head_dim=16, vocab_size=301)
+
+MOE_WIDE = replace(WIDE, family="qwen3_vl_moe",
+                   moe=MoeSpec(experts=8, top_k=2, ffn_hidden_size=96, norm_topk=True, layers=(0, 2, 3)))
 
 
 def make_job(spec=WIDE, model=None, adapter=None, prompts=40, completion=12, **rollout) -> Job:
@@ -66,8 +77,9 @@ def real_bytes(path: Path, layout: Layout, placement: Placement, record: dict) -
     table = [backbone.embedding.weight] if groups.is_first_stage else []
     tail = [backbone.final_norm.weight, backbone.output_weight] if groups.is_last_stage else []
     tail = [t for t in tail if not any(t is other for other in table)]
-    real = {"embedding": storage_bytes(table), "layers": storage_bytes(backbone.layers.parameters()),
-            "head": storage_bytes(tail), "adapters": storage_bytes(own),
+    moe = storage_bytes(p for name, p in backbone.layers.named_parameters() if ".experts." in name)
+    real = {"embedding": storage_bytes(table), "layers": storage_bytes(backbone.layers.parameters()) - moe,
+            **({MOE_EXPERTS: moe} if moe else {}), "head": storage_bytes(tail), "adapters": storage_bytes(own),
             "gradients": storage_bytes(p.grad for p in own),
             "optimizer": storage_bytes(t for s in optimizer.state_dict().values() for t in s.values())}
     planned = backbone_bytes(spec, layout, groups.coords.pp, "bfloat16") | adapter_bytes(job, layout, groups.coords.pp)
@@ -76,6 +88,9 @@ def real_bytes(path: Path, layout: Layout, placement: Placement, record: dict) -
     for kind in ("tp", "pp", "replica", "exchange"):
         members = dist.get_process_group_ranks(getattr(groups, kind))
         rows.append((kind, record["groups"][kind][mine["groups"][kind]], members))
+    if layout.ep > 1:
+        rows.append(("moe_expert", record["groups"]["moe_expert"][mine["groups"]["moe_expert"]],
+                     dist.get_process_group_ranks(groups.pg_collection.ep)))
     for expert in groups.hosted:
         kind = f"adapter/{expert}"
         rows.append((kind, record["groups"][kind][mine["groups"][kind]],
@@ -84,10 +99,14 @@ def real_bytes(path: Path, layout: Layout, placement: Placement, record: dict) -
     return rows
 
 
-@pytest.mark.parametrize("layout", [Layout(tp=2, pp=2), Layout(pp=2, replicas=2)], ids=lambda layout: layout.key)
+@pytest.mark.parametrize("layout", [
+    Layout(tp=2, pp=2), Layout(pp=2, replicas=2), Layout(tp=2, ep=2, sequence_parallel=True, replicas=2),
+    Layout(tp=2, cp=2, ep=2, etp=2, sequence_parallel=True)], ids=lambda layout: layout.key)
 def test_shards_adapters_optimizer_and_groups_are_the_trainers(layout):
     # Made here, so that no rank removes them.
     paths = [tiny_model("qwen3"), tiny_model("qwen3_vl"), tiny_model("qwen2_5_vl", num_key_value_heads=1)]
+    if layout.ep > 1:
+        paths = [tiny_model("qwen3_moe"), tiny_model("qwen3_vl_moe")]
     placement = Placement.build(("a", "b"), layout.replicas)
     record = rank_records(layout, placement)
 
@@ -103,7 +122,7 @@ def held_by_a_pass(job: Job, layout: Layout) -> dict[str, float]:
     """Bytes of one forward and backward on this rank, planned and real: what autograd keeps, and the peak."""
     groups = Groups.create(layout, Placement.build(("a", "b"), layout.replicas))
     try:
-        backbone = Backbone(WIDE, groups, job.model, job.adapter)
+        backbone = Backbone(job.spec, groups, job.model, job.adapter)
         backbone.bank.add_expert("a", 0)
         for parameter in backbone.parameters():
             parameter.data.normal_(0, 0.05)
@@ -151,6 +170,14 @@ SHARED_OUT = [
     (Layout(tp=2, sequence_parallel=True), "sequence", "float32", "full"),
     (Layout(cp=2), "completion", "float32", "none"), (Layout(cp=2), "sequence", "bfloat16", "none"),
     (Layout(cp=2), "sequence", "float32", "selective")]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_pass_of_moe_layers_holds_what_is_planned(recompute):
+    job = make_job(MOE_WIDE, model={"dtype": "bfloat16", "recompute": recompute})
+    found = held_by_a_pass(job, Layout())
+    assert found["planned"] == pytest.approx(found["real"], rel=0.02)
+    assert found["planned peak"] == pytest.approx(found["peak"], rel=0.1)
 
 
 def test_a_pass_of_shared_out_rows_holds_what_is_planned():

@@ -10,10 +10,11 @@ from copd_megatron.config.losses import OpdConfig, RlvrConfig
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.config.rollout import RolloutConfig
 from copd_megatron.launch.plan import layout_text, make_plan, plan_json, plan_text, search_text
-from copd_megatron.model.spec import BackboneSpec, RopeSpec
+from copd_megatron.model.spec import BackboneSpec, MoeSpec, RopeSpec
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.simulate.cost import step_time
+from copd_megatron.simulate.flops import PassStreams, Stream, pass_flops
 from copd_megatron.simulate.hardware import BUILT_IN
 from copd_megatron.simulate.job import Job, PromptLengths
 from copd_megatron.simulate.search import fullest, rank_kinds, search
@@ -103,3 +104,42 @@ def test_experts_alone_exchange_nothing_and_still_have_a_plan():
     plan = make_plan(big_job(edges=()), Layout(), Placement.build(EXPERTS, 1), H100, "scatter")
     assert "nothing is exchanged" in plan_text(plan)
     assert set(plan.times) == {"rlvr"}
+
+
+QWEN3_30B_A3B = BackboneSpec("qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936, 1e-6, RopeSpec(1e6), True, False, False,
+                             False, False, 0, moe=MoeSpec(128, 8, 768, True, tuple(range(48))))
+
+
+def moe_job() -> Job:
+    return big_job(spec=QWEN3_30B_A3B, adapter=AdapterConfig(targets=("q_proj", "k_proj", "v_proj", "o_proj")),
+                   vision_bytes=0)
+
+
+def test_moe_experts_are_shared_out_over_their_ranks():
+    """30.5 billion weights, of which 29 billion are MoE experts'; a token passes 3.3 billion, table and head included."""
+    job = moe_job()
+    whole = rank_kinds(job, Layout(), job.place(1))[0].memory.always
+    assert whole["moe experts"] == 2 * 48 * 128 * 3 * 2048 * 768
+    assert sum(whole[part] for part in ("embedding", "layers", "moe experts", "head")) == pytest.approx(61.1e9, rel=1e-2)
+    for layout in (Layout(cp=8, ep=8), Layout(tp=4, cp=2, ep=2, etp=4, sequence_parallel=True)):
+        shared = rank_kinds(job, layout, job.place(1))[0].memory.always
+        assert shared["moe experts"] * 8 == whole["moe experts"]
+    one = pass_flops(QWEN3_30B_A3B, job.adapter, PassStreams(Stream(), Stream(1, 1), Stream(), 1), backward=False)
+    assert (one.linears + one.head) / 2 + 2048 * 151936 == pytest.approx(3.35e9, rel=1e-2)
+
+
+def test_search_tries_every_way_to_share_out_moe_experts():
+    found = search(moe_job(), 8, H100, "scatter")
+    shapes = {(c.tp, c.pp, c.cp, c.ep, c.etp) for c in found}
+    assert len(shapes) == len(found) and {(1, 1, 8, 8, 1), (1, 1, 8, 1, 1), (4, 1, 2, 8, 1), (4, 1, 2, 2, 4)} <= shapes
+    text = search_text(found, H100)
+    assert text.count(" ETP ") == 2 and any(c.fits and c.ep == 8 for c in found)
+    spread, whole = (next(c for c in found if (c.tp, c.pp, c.cp, c.ep) == (1, 1, 8, ep)) for ep in (8, 1))
+    assert spread.fits and spread.peak_bytes < whole.peak_bytes - 40e9
+
+
+def test_rows_on_their_way_to_moe_experts_take_time():
+    job = moe_job()
+    times = {ep: step_time(job, Layout(cp=8, ep=ep), job.place(1), H100) for ep in (1, 8)}
+    assert times[8].update > times[1].update and times[8].score > times[1].score
+    assert times[8].rollout != times[1].rollout
