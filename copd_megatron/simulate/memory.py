@@ -95,15 +95,18 @@ def backbone_bytes(spec: BackboneSpec, layout: Layout, stage: int, dtype: str, f
 
     ``fp8``: ``model.fp8``; in FP8 rows a linear has a byte per element and a float32 scale per row.
     """
-    shapes = expected_shapes(spec)
+    storage = "fused" if spec.moe else None  # of the ways that MoE experts are stored, that with the fewest tensors
+    shapes = expected_shapes(spec, storage)
     item = DTYPES[dtype].itemsize
     layers = experts = 0
-    for index in stage_layers(spec.num_layers, layout.pp, stage):
-        for name, pieces in layer_pieces(spec, index, 0, layout.tp, MoeShard(ep=layout.ep, etp=layout.etp)).items():
+    of_stage = stage_layers(spec.num_layers, layout.pp, stage)
+    for alike in ([i for i in of_stage if spec.is_moe(i) == moe] for moe in (False, True)):
+        shard = MoeShard(ep=layout.ep, etp=layout.etp)
+        for name, pieces in (layer_pieces(spec, alike[0], 0, layout.tp, shard, storage) if alike else {}).items():
             elements = sum(piece.elements(shapes[piece.name]) for piece in pieces)
             rows = sum(Piece(p.name, p.rows).elements(shapes[p.name][:1]) for p in pieces)
             rounded = fp8 != "none" and ".linear_" in name and name.endswith(".weight")
-            size = elements + SCALE_BYTES * rows if rounded else item * elements
+            size = len(alike) * (elements + SCALE_BYTES * rows if rounded else item * elements)
             if ".experts." in name:
                 experts += size
             else:

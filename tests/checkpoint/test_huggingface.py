@@ -51,7 +51,8 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family,shard_bytes,changes", [
     ("qwen3", None, {}), ("qwen3_vl", None, {}), ("llama", 40_000, {}), ("qwen2", None, {}),
-    ("qwen3_vl", 60_000, {"tie_word_embeddings": False}), ("qwen2_5_vl", 60_000, {"num_key_value_heads": 1})],
+    ("qwen3_vl", 60_000, {"tie_word_embeddings": False}), ("qwen2_5_vl", 60_000, {"num_key_value_heads": 1}),
+    ("qwen3_moe", 60_000, {}), ("qwen3_vl_moe", None, {})],
     ids=lambda value: str(value))
 def test_transformers_computes_our_logprobs(one_rank, tmp_path, family, shard_bytes, changes):
     """On text and, for the visual family, on images and video; the merge is that of two experts."""
@@ -99,8 +100,10 @@ def test_zero_adapters_change_no_bit(one_rank, tmp_path, dtype):
         assert torch.equal(after[name].view(torch.uint8), weight.view(torch.uint8)), name
 
 
-def test_only_adapted_weights_change_and_are_rounded_once(one_rank, tmp_path):
-    path = shutil.copytree(tiny_model("qwen3"), tmp_path / "backbone")
+@pytest.mark.parametrize(("family", "count"), [("qwen3", 3 * 7), ("qwen3_moe", 3 * 4 + 3)])
+def test_only_adapted_weights_change_and_are_rounded_once(one_rank, tmp_path, family, count):
+    """Those of layers 1 to 3, of which one has an MLP of its own where there are MoE layers: MoE experts are copied."""
+    path = shutil.copytree(tiny_model(family), tmp_path / "backbone")
     weights = {name: tensor.bfloat16() for name, tensor in _weights(path).items()}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     bank = make_bank(one_rank("a"), _encoder(path).spec, ADAPTER)
@@ -108,7 +111,7 @@ def test_only_adapted_weights_change_and_are_rounded_once(one_rank, tmp_path):
     manager.export_merged(state, "a", tmp_path / "merged")
     after, factors = _weights(tmp_path / "merged"), full_factors(bank, "a")
     adapted = {f"model.{name.rsplit('.', 1)[0]}.weight" for name in factors}
-    assert len(adapted) == 3 * 7  # layers 1 to 3
+    assert len(adapted) == count
     for name, weight in weights.items():
         if name not in adapted:
             assert torch.equal(after[name], weight)

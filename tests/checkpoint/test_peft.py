@@ -83,9 +83,12 @@ def _export(bank: AdapterBank, family: str, policy: str, folder: Path) -> Path:
 @pytest.mark.parametrize("family,scope,first_layer", [
     ("qwen3", "sequence", 0), ("qwen3", "sequence", 2), ("qwen3", "completion", 0), ("qwen3", "completion", 2),
     ("qwen3_vl", "sequence", 1), ("qwen3_vl", "completion", 0), ("qwen2_5_vl", "sequence", 0),
-    ("qwen2_5_vl", "completion", 1), ("qwen2", "sequence", 1)])
+    ("qwen2_5_vl", "completion", 1), ("qwen2", "sequence", 1), ("qwen3_moe", "sequence", 0),
+    ("qwen3_vl_moe", "completion", 1)])
 def test_the_peft_library_computes_our_logprobs(one_rank, tmp_path, family, scope, first_layer):
-    groups, adapter = one_rank(*EXPERTS), _adapter(scope, first_layer)
+    # PEFT 0.21 takes gate_proj, up_proj and down_proj of a Qwen3-MoE for its fused MoE experts, in dense layers too.
+    targets = {"targets": ("q_proj", "k_proj", "v_proj", "o_proj")} if family == "qwen3_moe" else {}
+    groups, adapter = one_rank(*EXPERTS), _adapter(scope, first_layer, **targets)
     bank, prompts = _bank(groups, family, adapter), _prompts(family)
     factors = {policy: full_factors(bank, policy) for policy in ("a", "merged")}
     ours = our_logprobs(tiny_model(family), groups, adapter, factors, prompts,
@@ -181,6 +184,21 @@ def test_an_adapter_made_by_the_peft_library(one_rank, tmp_path):
     theirs = transformers_logprobs(made.eval(), _prompts("qwen3"))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
     assert (transformers_logprobs(_model("qwen3"), _prompts("qwen3")) - theirs).abs().max() > 0.05
+
+
+def test_moe_experts_have_no_adapter(one_rank, tmp_path):
+    """Of the four layers of this backbone only the third has an MLP of its own."""
+    family, adapter = "qwen3_moe", _adapter(targets=("q_proj", "up_proj"))
+    bank = _bank(one_rank(*EXPERTS), family, adapter)
+    assert bank.names() == ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.2.self_attn.q_proj",
+                            "layers.2.mlp.up_proj", "layers.3.self_attn.q_proj"]
+    folder = _export(bank, family, "a", tmp_path / "a")
+    load_peft_adapter(bank, "again", folder)
+    assert all(torch.equal(p, bank.parameters_of("a")[n]) for n, p in bank.parameters_of("again").items())
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name.replace("layers.2.mlp", "layers.3.mlp"): t for name, t in tensors.items()}, folder / WEIGHTS)
+    with pytest.raises(UserError, match="layers.3.mlp.up_proj.lora_.*belongs to no linear"):
+        load_peft_adapter(bank, "other", folder)
 
 
 OPTIONS = {

@@ -116,11 +116,12 @@ def moe_job() -> Job:
 
 
 def test_moe_experts_are_shared_out_over_their_ranks():
-    """30.5 billion weights, of which 29 billion are MoE experts'; a token passes 3.3 billion, table and head included."""
+    """30.5 billion weights, of which 29 billion are MoE experts'; a token passes 3.3 billion, table and head too."""
     job = moe_job()
     whole = rank_kinds(job, Layout(), job.place(1))[0].memory.always
     assert whole["moe experts"] == 2 * 48 * 128 * 3 * 2048 * 768
-    assert sum(whole[part] for part in ("embedding", "layers", "moe experts", "head")) == pytest.approx(61.1e9, rel=1e-2)
+    weights = ("embedding", "layers", "moe experts", "head")
+    assert sum(whole[part] for part in weights) == pytest.approx(61.1e9, rel=1e-2)
     for layout in (Layout(cp=8, ep=8), Layout(tp=4, cp=2, ep=2, etp=4, sequence_parallel=True)):
         shared = rank_kinds(job, layout, job.place(1))[0].memory.always
         assert shared["moe experts"] * 8 == whole["moe experts"]
@@ -134,7 +135,7 @@ def test_search_tries_every_way_to_share_out_moe_experts():
     assert len(shapes) == len(found) and {(1, 1, 8, 8, 1), (1, 1, 8, 1, 1), (4, 1, 2, 8, 1), (4, 1, 2, 2, 4)} <= shapes
     text = search_text(found, H100)
     assert text.count(" ETP ") == 2 and any(c.fits and c.ep == 8 for c in found)
-    spread, whole = (next(c for c in found if (c.tp, c.pp, c.cp, c.ep) == (1, 1, 8, ep)) for ep in (8, 1))
+    spread, whole = (next(c for c in found if (c.tp, c.pp, c.cp, c.ep, c.etp) == (1, 1, 8, ep, 1)) for ep in (8, 1))
     assert spread.fits and spread.peak_bytes < whole.peak_bytes - 40e9
 
 

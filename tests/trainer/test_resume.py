@@ -12,6 +12,7 @@ import torch
 
 from copd_megatron.types import UserError
 from support.ranks import run_ranks
+from support.tiny_models import tiny_model
 from support.toy_run import adapters_of, toy_config, toy_trainer
 from support.toy_tasks import LetterTask
 
@@ -165,6 +166,22 @@ def test_resumed_under_another_layout_in_everything(shared_rows, never_stopped, 
     shutil.rmtree(again / "rollouts")
     config = make_config(parallel={"pipeline": 2})
     for got in run_ranks(4, run, config, again, resume=True, timeout_s=240.0):
+        for expert, factors in want.items():
+            for name, factor in factors.items():
+                torch.testing.assert_close(got[expert][name], factor, rtol=0, atol=1e-8)
+    assert [line["step"] for line in numbers(again)] == [1, 2, 3, 4]
+
+
+def test_resumed_where_moe_experts_are_shared_out_otherwise(tmp_path):
+    """EP 2 over CP 2 -> ETP 2 over TP 2; adapters' checkpoints do not know where MoE experts are."""
+    path = str(tiny_model("qwen3_moe"))
+    configs = [make_config(model={"path": path}, parallel=parallel)
+               for parallel in ({"context": 2, "moe_expert": 2},
+                                {"tensor": 2, "sequence_parallel": True, "moe_expert_tensor": 2})]
+    want = run_ranks(2, run, configs[0], tmp_path / "first", timeout_s=240.0)[0]
+    again = killed(tmp_path / "first", tmp_path / "again")
+    shutil.rmtree(again / "rollouts")
+    for got in run_ranks(2, run, configs[1], again, resume=True, timeout_s=240.0):
         for expert, factors in want.items():
             for name, factor in factors.items():
                 torch.testing.assert_close(got[expert][name], factor, rtol=0, atol=1e-8)
