@@ -133,6 +133,7 @@ def read_shards(folder: Path, bank: AdapterBank, optimizers: Mapping[str, Optimi
         loaded = dist_checkpointing.load(_shards(bank, optimizers, updates), str(folder),
                                          validate_access_integrity=False)
     for expert in _hosted(bank, updates):
+        bank.changed(expert)
         moments = {}
         if count := updates[expert]:
             moments = {name: {m: loaded[f"optimizer/{expert}/{name}/{m}"] for m in MOMENTS}

@@ -77,5 +77,14 @@ class OpdConfig(Section):
     """Cross completions per native completion of a student, over all its edges together (at most all
     prompts of a teacher's batch per edge). Native and cross completions are one batch to ``rlvr.reduction``:
     with 1.0 and ``seq_mean`` both halves weigh the same."""
+    prompts: Literal["teacher", "student", "both"] = "teacher"
+    """Whose prompts students answer: the teacher's domain (the paper), their own, or half of each. An edge that names
+    ``prompts`` of its own keeps to it; a frozen teacher has none, so that students answer their own."""
+    rollouts: Literal["fresh", "native"] = "fresh"
+    """fresh: the student samples its cross completions (on-policy, the paper). native: it learns from those that the
+    expert whose prompts they answer has just sampled for itself, and decodes none: off-policy unless that is the
+    student, and weighted with pi_student / pi_sampler per token."""
+    importance_cap: float = Field(2.0, gt=1)
+    """Cap of that weight (``rollouts=native``)."""
     wire_dtype: Literal["float32", "bfloat16"] = "float32"
     """Rounding of the signal, applied on every path, co-hosted ones too."""

@@ -28,3 +28,10 @@ class RolloutConfig(Section):
     measured at the start, longer ones are left out of both splits, and the log says how many."""
     decode_lanes: int = Field(1024, ge=1)
     """Completions that decode together; bounds the KV cache."""
+    prefix_store_bytes: int = Field(0, ge=0)
+    """Memory per rank for keys and values of prompts that are kept beyond one batch of requests and found again by
+    content; the least recently used go first. 0: off, prompts of a batch are evaluated side by side. With a store
+    each is evaluated alone, so that what is found equals what is computed bit for bit; on short prompts that is
+    slower. It pays in scope ``completion`` (a prompt is evaluated once per step for rollout, scoring and update of all
+    experts, and stays valid), in part with ``adapter.first_layer``, and for episodes of several turns; see
+    docs/performance.md."""

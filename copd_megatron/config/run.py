@@ -19,7 +19,7 @@ from copd_megatron.config.trainer import EvaluationConfig, MergeConfig, Optimize
 
 EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 RESERVED_NAMES = frozenset({"base", "merged", "kl_reference", "backbone",
-                            "edge", "pair", "exchange", "time", "tokens", "memory", "eval", "record"})
+                            "edge", "pair", "exchange", "prefix", "time", "tokens", "memory", "eval", "record"})
 """Other policies, and first words of metrics that are not an expert's."""
 
 
@@ -84,6 +84,15 @@ class RunConfig(Section):
         yield rollout.top_p != 1.0, (
             f"rollout.top_p: {rollout.top_p}; training requires 1.0, as log-probs must be those of the distribution "
             "sampled from; remove it")
+        yield rollout.prefix_store_bytes > 0 and not self.model.prefix_sharing, (
+            f"rollout.prefix_store_bytes: {rollout.prefix_store_bytes} with model.prefix_sharing=false, which evaluates"
+            " prompts again for every completion; set one of the two")
+        parallel = self.parallel
+        yield (rollout.prefix_store_bytes > 0 and parallel.context > 1
+               and parallel.moe_expert * parallel.moe_expert_tensor > 1), (
+            f"rollout.prefix_store_bytes: {rollout.prefix_store_bytes} with MoE experts spread over parallel.context="
+            f"{parallel.context} ranks, where a prompt is evaluated among the others' rows and never twice alike; set "
+            "rollout.prefix_store_bytes=0 or parallel.context=1")
         yield rlvr.dual_clip is not None and rlvr.loss == "cispo", (
             f"rlvr.dual_clip: {rlvr.dual_clip} with rlvr.loss=cispo, whose weight is bounded already; clip and gspo "
             "know it; set rlvr.dual_clip=None")

@@ -91,9 +91,17 @@ def edges(config: ExchangeConfig, opd: OpdConfig, experts: Sequence[str], moment
     return sorted(found, key=lambda edge: (order[edge.student], order[edge.teacher]))
 
 
-def prompts_of(edge: Edge, experts: Sequence[str]) -> str:
-    """The expert whose prompts the student answers: as the edge says, else the teacher, else the student."""
-    return edge.prompts or (edge.teacher if edge.teacher in experts else edge.student)
+def prompts_of(edge: Edge, experts: Sequence[str], whose: str = "teacher") -> tuple[str, ...]:
+    """The experts whose prompts the student answers, as many of each: whom the edge names, else by ``opd.prompts``.
+
+    Args:
+        whose: "teacher", "student" or "both". A frozen teacher has no prompts: the student's stand in for them.
+    """
+    if edge.prompts:
+        return (edge.prompts,)
+    teacher = edge.teacher if edge.teacher in experts else edge.student
+    asked = {"teacher": (teacher,), "student": (edge.student,), "both": (teacher, edge.student)}[whose]
+    return tuple(dict.fromkeys(asked))
 
 
 def _given(config: ExchangeConfig, experts: Sequence[str], moment: Moment, resolve: Resolve) -> Any:

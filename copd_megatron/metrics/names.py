@@ -18,7 +18,7 @@ PHASES: tuple[Phase, ...] = ("rlvr", "opd", "eval")
 TIMED_PHASES = ("rollout", "vision", "verify", "score", "exchange", "update", "evaluation", "save")
 """What a step spends its time on, in the order of the loop; timers and report use these."""
 
-RESERVED = frozenset({"edge", "pair", "exchange", "time", "tokens", "memory", "eval", "record"})
+RESERVED = frozenset({"edge", "pair", "exchange", "prefix", "time", "tokens", "memory", "eval", "record"})
 """First words of names that are not experts; no expert may be called so."""
 
 
@@ -120,6 +120,11 @@ _EDGE = (
            "below 0.05", "As `{expert}/truncated`."),
     Metric("edge/{teacher}->{student}/tokens", "Cross tokens of this edge in the update.", "tokens",
            "native tokens x `opd.cross_ratio` / edges", "Far off: completions differ much in length."),
+    Metric("edge/{teacher}->{student}/reuse_weight", "Mean importance weight min(pi_student / pi_sampler, "
+           "`opd.importance_cap`) of tokens that another expert sampled (`opd.rollouts=native`).", "ratio",
+           "0.8 to 1", "Far lower: the experts sample too differently for reuse; set `opd.rollouts=fresh`."),
+    Metric("edge/{teacher}->{student}/reuse_clipped", "Share of these tokens whose weight is at the cap.", "0 to 1",
+           "below 0.1", "Higher: the bias grows; raise `opd.importance_cap`, or `opd.rollouts=fresh`."),
 )
 
 _EXCHANGE = (
@@ -131,6 +136,25 @@ _EXCHANGE = (
            "Large: a lower `adapter.rank`, a sparser `exchange.topology`."),
     Metric("exchange/moved_bytes", "The one of the two that was taken.", "bytes", "the lower one",
            "The higher one: set `exchange.transport=auto`."),
+)
+
+_PREFIX = (
+    Metric("prefix/computed_tokens", "Prompt tokens that were evaluated for rollout, before any completion, over all "
+           "replicas and averaged over the layers; the evaluation before the step included. With "
+           "`rollout.prefix_store_bytes` and scope `completion` also those for scoring and update.", "tokens",
+           "each distinct prompt of the step once per replica, in scope `sequence` once per expert that answers it",
+           "Higher with a store: see `recomputed_tokens`."),
+    Metric("prefix/hit_rate", "Share of prompts (or, with `adapter.first_layer`, of their parts) that were found in "
+           "the prefix store.", "0 to 1", "above 0.6 in scope `completion`",
+           "Near 0 in scope `sequence` with answers of one turn: the store has no use there, set "
+           "`rollout.prefix_store_bytes=0`."),
+    Metric("prefix/saved_tokens", "Prompt tokens that were found instead, averaged over the layers.", "tokens",
+           "above `computed_tokens`", "As `hit_rate`."),
+    Metric("prefix/recomputed_tokens", "The part of `computed_tokens` that had been in the store and was evicted.",
+           "tokens", "0", "Higher: raise `rollout.prefix_store_bytes`."),
+    Metric("prefix/bytes", "What the prefix store holds at the end of the step, on the rank of a replica that holds "
+           "most; mean over replicas.", "bytes", "below `rollout.prefix_store_bytes`",
+           "At the budget with `recomputed_tokens` above 0: raise it."),
 )
 
 _PAIR = (
@@ -152,6 +176,8 @@ _WORK = (
            "Falls: long stragglers in rollout; raise `rollout.decode_lanes`."),
     Metric("tokens/step", "Completion tokens that the step's updates saw.", "tokens", "steady",
            "See `length`."),
+    Metric("tokens/reused", "Those of them that the students took from native batches instead of decoding them "
+           "(`opd.rollouts=native`).", "tokens", "as `edge/*/tokens` together", "0 in OPD steps: there are no edges."),
     Metric("tokens/saved_share", "Share of token evaluations that prefix sharing made unnecessary.", "0 to 1",
            "above 0.5 with images or video",
            "Near 0: prompts are short against completions; nothing is wrong."),
@@ -181,6 +207,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "Each expert": _EXPERT,
     "Each edge teacher -> student (OPD steps)": _EDGE,
     "The exchange (OPD steps, where experts live on several replicas)": _EXCHANGE,
+    "Prompts that are evaluated once": _PREFIX,
     "Each pair of experts": _PAIR,
     "Time, tokens, memory": _WORK,
     "Evaluation (TensorBoard and W&B; the same numbers are in evaluations.jsonl)": _EVAL,

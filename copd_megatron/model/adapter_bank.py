@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,14 @@ class _Slot:
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     scaling: float = 1.0
+    version: int = 0
+    """See `AdapterBank.version_of`."""
+    writes: int = 0
+    """In-place writes to the parameters up to that version, as torch counts them."""
+
+    def count_writes(self) -> int:
+        """In-place writes to the parameters so far."""
+        return sum(parameter._version for parameter in self.parameters.values())
 
 
 def projection_shape(spec: BackboneSpec, projection: str) -> tuple[int, int]:
@@ -118,6 +127,7 @@ class AdapterBank(nn.Module):
         self.routing = Routing()
         self.slots: dict[str, _Slot] = {}
         self._linears: dict[tuple[int, str], dict[str, dict[str, LoraFactors]]] = {}
+        self._versions = count()
 
     def names(self) -> list[str]:
         """Projections with an adapter on this stage: "layers.3.self_attn.q_proj", in layer order."""
@@ -150,6 +160,7 @@ class AdapterBank(nn.Module):
             slot.parameters[key] = parameter
             self.register_parameter(_parameter_key(name, key), parameter)
         self.slots[name] = slot
+        self.changed(name)
         for full_name in self.names():
             if f"{full_name}.lora_A" not in slot.parameters:
                 continue
@@ -167,6 +178,24 @@ class AdapterBank(nn.Module):
             delattr(self, _parameter_key(name, key))
         for by_expert in self._linears.values():
             by_expert.pop(name, None)
+
+    def changed(self, name: str) -> None:
+        """Give a policy a new version; whoever writes to its parameters calls it afterwards, on all ranks alike."""
+        slot = self.slots[name]
+        slot.version, slot.writes = next(self._versions), slot.count_writes()
+
+    def version_of(self, name: str) -> int:
+        """What tells a policy's weights apart from all that were ever put or trained under its name: the same number
+        on every rank of a replica, another one after every ``put`` and update.
+
+        Raises:
+            RuntimeError: the parameters were written to in place, but nobody called ``changed``.
+        """
+        slot = self.slots[name]
+        if slot.count_writes() != slot.writes:
+            raise RuntimeError(f"the adapters of {name!r} were written to without AdapterBank.changed; call it after "
+                               "the write, or what was computed with the old ones may be taken for current")
+        return slot.version
 
     def lora_of(self, layer: int, linear: str) -> dict[str, dict[str, LoraFactors]]:
         """Live view expert -> projection -> factors for one linear ("qkv", "proj", "fc1", "fc2")."""

@@ -14,7 +14,7 @@ ranks share out the head's work on them.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -121,7 +121,13 @@ class Backbone(nn.Module):
         """What Megatron's pipeline schedule received from the previous stage, [T, 1, H]."""
         self._input = tensor[0] if isinstance(tensor, list) else tensor
 
-    def forward(self, pack: Pack, visual: Visual | None = None, capture: dict[int, KV] | None = None) -> Tensor:
+    def take_input_tensor(self) -> Tensor | None:
+        """What ``set_input_tensor`` was given, for a stage that has nothing to evaluate."""
+        given, self._input = self._input, None
+        return given
+
+    def forward(self, pack: Pack, visual: Visual | None = None, capture: dict[int, KV] | None = None,
+                outside: Sequence[Mapping[int, KV]] = (), layers: range | None = None) -> Tensor:
         """Evaluate a pack on this stage.
 
         Args:
@@ -129,15 +135,22 @@ class Backbone(nn.Module):
             visual: features of the pack's prompts; needed on the first stage and on stages that hold
                 deepstack layers, if the pack has visual tokens.
             capture: receives 1-based layer -> (K, V) of the whole stream (prefill of decoding).
+            outside: 1-based layer -> (K, V) of each of ``pack.outside``, which hold no gradient.
+            layers: evaluate no others (global numbers); unless they begin with 0, what enters them must have been
+                given to ``set_input_tensor``. None: all.
 
         Returns:
             Last stage: [N, H], final-normed states that predict the completion tokens, all of them on every rank,
-            whose gradient must be the same on every rank. Others: [S, 1, H], this rank's rows.
+            whose gradient must be the same on every rank. Others, and before layers that are left out: [S, 1, H],
+            this rank's rows.
         """
-        hidden = self._enter(pack, visual)
+        chosen = range(self.spec.num_layers) if layers is None else layers
+        hidden = self._enter(pack, visual, chosen.start > 0)
         entered = self._input
         level = None
         for layer, index in zip(self.layers, self.layer_range):
+            if index not in chosen:
+                continue
             if pack.level(index) is not level:
                 level = pack.level(index)
                 angles = rotary_frequencies(self.spec, level.position_ids)
@@ -146,13 +159,13 @@ class Backbone(nn.Module):
             if len(hidden) != len(level.parts):
                 hidden = [hidden[0][part.shard] for part in level.parts]
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= pack.first_layer):
-                hidden = self._layer(layer, level, angles, hidden, capture)
+                hidden = self._layer(layer, level, angles, hidden, capture, _joined(outside, index + 1))
                 hidden = self._add_deepstack(hidden, level, visual, index)
             if self.share.sequence == 1:
                 self._check(hidden, f"layer {index}")
         out = hidden[0] if len(hidden) == 1 else torch.cat(hidden)
         self._input = None
-        if not self.groups.is_last_stage:
+        if not self.groups.is_last_stage or chosen.stop < self.spec.num_layers:
             return _anchor(out, entered) if torch.is_grad_enabled() else out
         scored = self.final_norm(out[:, 0].index_select(0, pack.scored_rows))
         if pack.scored_order is not None:
@@ -207,8 +220,8 @@ class Backbone(nn.Module):
                 rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=group)
         return rows
 
-    def _enter(self, pack: Pack, visual: Visual | None) -> list[Tensor]:
-        if not self.groups.is_first_stage:
+    def _enter(self, pack: Pack, visual: Visual | None, midway: bool) -> list[Tensor]:
+        if midway or not self.groups.is_first_stage:
             return [self._input.detach() if self._frozen_entry(pack) else self._input]
         level = pack.level(0)
         hidden = self._embed(level.token_ids, shared=pack.share.sequence > 1)
@@ -221,9 +234,9 @@ class Backbone(nn.Module):
         return self.layer_range.start <= pack.first_layer
 
     def _layer(self, layer: nn.Module, level: Level, angles: Tensor, hidden: list[Tensor],
-               capture: dict[int, KV] | None) -> list[Tensor]:
+               capture: dict[int, KV] | None, trunk_kv: dict[int, KV] | None) -> list[Tensor]:
         """All parts of the stream through one layer: trunks without gradient first, then the rest."""
-        out, trunk_kv = [], None
+        out = []
         for number, (part, rows) in enumerate(zip(level.parts, hidden)):
             last = number == len(level.parts) - 1
             own = {} if not last else capture
@@ -256,6 +269,14 @@ class Backbone(nn.Module):
         features = visual[1][index].index_select(0, level.visual_source).to(hidden[0].dtype)[:, None]
         # Visual tokens are prompt tokens, and trunks are the first part.
         return [hidden[0].index_add(0, level.visual_index, features), *hidden[1:]]
+
+
+def _joined(trunks: Sequence[Mapping[int, KV]], layer: int) -> dict[int, KV] | None:
+    """K, V of a layer of all trunks in a row, as ``StreamAttention.trunk_kv``; None without any."""
+    if len(trunks) == 1:
+        return {layer: trunks[0][layer]}
+    keys_values = zip(*(trunk[layer] for trunk in trunks))
+    return {layer: tuple(map(torch.cat, keys_values))} if trunks else None
 
 
 def _row_share(groups: Groups) -> RowShare:

@@ -74,6 +74,8 @@ class Pack:
     trunk_rows: dict[tuple[int, str | None], tuple[range, range]]
     """(group, lane) -> rows of its trunk in the lower and in the upper stream (the same range twice
     when there is no lower); empty without prefix sharing."""
+    outside: tuple[Prompt, ...] = ()
+    """Prompts whose prefixes are in no stream: their keys and values are given, one after the other."""
 
     def level(self, layer: int) -> Level:
         """The stream that enters global layer ``layer``."""
@@ -118,19 +120,21 @@ def pack_tokens(groups: Sequence[LeafGroup], rules: PackRules) -> int:
 
 
 def build_pack(groups: Sequence[LeafGroup], rules: PackRules, device: torch.device,
-               trunks_only: bool = False, share: RowShare = WHOLE) -> Pack:
+               trunks_only: bool = False, share: RowShare = WHOLE, outside: bool = False) -> Pack:
     """Lay the lanes of all groups out as streams.
 
     Leaves keep their order: row blocks of ``scored_rows`` follow the groups, and the leaves in each.
     A leaf without tokens contributes no rows. With ``trunks_only`` (the prefill of decoding) the
     leaves only say which lanes need a trunk. With ``share`` the tensors are those of this rank's rows.
+    With ``outside`` (scope ``completion``) trunks are left out, see ``Pack.outside``.
     """
-    streams = _Streams(groups, rules, trunks_only)
+    streams = _Streams(groups, rules, trunks_only, outside)
     apart = rules.scope == "completion" and rules.sharing and not trunks_only
-    upper, upper_rows = place(streams.upper, streams.prompts, device, share, apart)
+    upper, upper_rows = place(streams.upper, streams.prompts, device, share, apart, outside=streams.rows_outside)
     lower, lower_rows, fanout = None, upper_rows, None
     if rules.first_layer > 0:
-        lower, lower_rows = place(streams.lower, streams.prompts, device, share, frozen=True)
+        lower, lower_rows = place(streams.lower, streams.prompts, device, share, frozen=True,
+                                  outside=streams.rows_outside)
         below = np.zeros(upper.layout.rows, np.int64)
         for key, rows in upper_rows.items():
             below[rows.start:rows.stop] = np.arange(*_ends(lower_rows[streams.origin[key]]))
@@ -141,11 +145,11 @@ def build_pack(groups: Sequence[LeafGroup], rules: PackRules, device: torch.devi
     naive = sum(len(g.prompt.token_ids) + len(leaf.token_ids) - 1 for g in groups for leaf in g.leaves)
     origin = streams.origin if lower is not None else {}
     trunk_rows = {pair: (lower_rows[origin.get(key, key)], upper_rows[key])
-                  for pair, key in streams.trunks.items()}
+                  for pair, key in streams.trunks.items() if key in upper_rows}
     return Pack(tuple(g.prompt for g in groups), rules.first_layer, lower, upper, share, fanout,
                 to_tensor([scored_rows], device),
                 None if scored_order is None else to_tensor([scored_order], device), to_tensor(targets, device),
-                tuple(len(ids) for _, _, ids in streams.leaves), naive, trunk_rows)
+                tuple(len(ids) for _, _, ids in streams.leaves), naive, trunk_rows, tuple(streams.outside.values()))
 
 
 def _ends(rows: range) -> tuple[int, int]:
@@ -169,13 +173,17 @@ def _continued(prompt: Prompt, start: int, content: Sequence[int]) -> tuple[np.n
 class _Streams:
     """The distinct spans of both levels, keyed so that equal keys are equal states."""
 
-    def __init__(self, groups: Sequence[LeafGroup], rules: PackRules, trunks_only: bool):
-        self.rules, self.trunks_only = rules, trunks_only
+    def __init__(self, groups: Sequence[LeafGroup], rules: PackRules, trunks_only: bool, without_trunks: bool):
+        self.rules, self.trunks_only, self.without_trunks = rules, trunks_only, without_trunks
         self.upper: dict[tuple, Span] = {}
         self.lower: dict[tuple, Span] = {}
         self.origin: dict[tuple, tuple] = {}
         self.leaves: list[tuple[tuple, int, Sequence[int]]] = []
         self.trunks: dict[tuple[int, str | None], tuple] = {}
+        self.outside: dict[str, Prompt] = {}
+        """Content hash -> prompt whose trunk is given."""
+        self.rows_outside: dict[tuple, range] = {}
+        """Trunk -> its rows among the given ones."""
         self.prompts = [g.prompt for g in groups]
         for index, group in enumerate(groups):
             for number, leaf in enumerate(group.leaves):
@@ -198,7 +206,9 @@ class _Streams:
         trunk, lane = ("trunk", index, owner), ("leaf", index, leaf.lane, content)
         if prefix:
             self.trunks[index, leaf.lane] = trunk
-            if trunk not in self.upper:
+            if self.without_trunks:
+                self._given(trunk, prompt, prefix)
+            elif trunk not in self.upper:
                 self.upper[trunk] = Span(owner, prompt.token_ids[:prefix], prompt.position_ids[:, :prefix], index,
                                          None, 0, prompt.visual_index)
                 self._below(trunk, ("trunk", index))
@@ -210,6 +220,14 @@ class _Streams:
             self._below(lane, ("leaf", index, content))
         self.leaves.append((lane, forced - 1, content))
 
+    def _given(self, trunk: tuple, prompt: Prompt, prefix: int) -> None:
+        """Where a trunk that is in no stream is among the given ones; equal prompts have one."""
+        alike = [rows for key, rows in self.rows_outside.items()
+                 if self.prompts[key[1]].content_hash == prompt.content_hash]
+        start = max((rows.stop for rows in self.rows_outside.values()), default=0)
+        self.rows_outside[trunk] = alike[0] if alike else range(start, start + prefix)
+        self.outside.setdefault(prompt.content_hash, prompt)
+
     def _below(self, key: tuple, shared: tuple) -> None:
         """Register the expert-free state below ``first_layer`` that this upper span continues."""
         if self.rules.first_layer == 0:
@@ -217,6 +235,6 @@ class _Streams:
         self.origin[key] = shared
         if shared not in self.lower:
             span = self.upper[key]
-            trunk = None if span.trunk is None else ("trunk", span.prompt)
+            trunk = span.trunk if self.without_trunks or span.trunk is None else ("trunk", span.prompt)
             self.lower[shared] = Span(None, span.token_ids, span.positions, span.prompt, trunk, 0,
                                       span.visual_tokens)

@@ -7,7 +7,7 @@ Shapes: T rows of this context rank, S rows of this rank (S = T without sequence
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,12 +87,14 @@ def to_tensor(parts: Sequence[np.ndarray], device: torch.device) -> Tensor:
 
 
 def place(spans: dict[tuple, Span], prompts: Sequence[Prompt], device: torch.device, share: RowShare,
-          apart: bool = False, frozen: bool = False) -> tuple[Level, dict[tuple, range]]:
+          apart: bool = False, frozen: bool = False,
+          outside: Mapping[tuple, range] | None = None) -> tuple[Level, dict[tuple, range]]:
     """Give every span its rows, lane by lane, so that the rows of one expert are contiguous.
 
     Args:
         apart: trunks come first, as a part of their own: they need no gradient.
         frozen: no row is adapted.
+        outside: rows of trunks that are in no stream, among all of these.
 
     Returns:
         The level, and the rows of each span in the whole stream.
@@ -110,7 +112,8 @@ def place(spans: dict[tuple, Span], prompts: Sequence[Prompt], device: torch.dev
     layout = RowLayout(tuple(cuts), share)
     token_ids, positions, source = _fill(spans, rows, layout.rows, prompts)
     wholes, shards = local_slices(layout, False), local_slices(layout, True)
-    parts = tuple(_part(keys, spans, rows, cut, layout, (whole, shard), device, frozen)
+    trunk_rows = {**rows, **(outside or {})}
+    parts = tuple(_part(keys, spans, trunk_rows, cut, layout, (whole, shard), device, frozen)
                   for keys, cut, whole, shard in zip(members, cuts, wholes, shards))
     context = np.concatenate([layout.of_context(cut) for cut in layout.parts])
     mine = source[layout.mine()]

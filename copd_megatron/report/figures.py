@@ -231,4 +231,7 @@ def _work(run: RunData, colours: Colours) -> Section:
                                  ("memory/peak_bytes", "Peak memory", {})):
         lines = [_line(run.series[name], "", "c1")] if name in run.series else []
         _add(run, section, title, name, lines, **options)
+    if "prefix/hit_rate" in run.series:
+        _add(run, section, "Prompts found in the prefix store", "prefix/hit_rate",
+             [_line(run.series["prefix/hit_rate"], "", "c1")], percent=True)
     return section

@@ -66,18 +66,14 @@ def prefix_blocks(pack: Pack, capture: dict[int, KV], numbers: Mapping[tuple[int
     """
     blocks, gathers = [], []
     sample = next(iter(capture.values()))[0]
-    for keys in _similar(sorted(numbers, key=lambda key: len(pack.trunk_rows[key][1]), reverse=True), pack):
-        lengths = np.array([len(pack.trunk_rows[key][1]) for key in keys])
-        width = int(lengths.max())
-        ragged = lengths.min() < width
-        if ragged:
-            width = -(-width // KEY_ALIGNMENT) * KEY_ALIGNMENT
+    keys = list(numbers)
+    for run in similar_lengths([len(pack.trunk_rows[key][1]) for key in keys]):
+        own = [keys[place] for place in run]
+        lengths = np.array([len(pack.trunk_rows[key][1]) for key in own])
+        width, bias = _padding(lengths, sample)
         columns = np.minimum(np.arange(width), lengths[:, None] - 1)
-        padding = torch.from_numpy(np.arange(width) >= lengths[:, None]).to(sample.device)[:, None, None]
-        bias = torch.zeros(padding.shape, dtype=sample.dtype, device=sample.device)
-        blocks.append(PrefixBlock(np.array([numbers[key] for key in keys]), lengths, {},
-                                  bias.masked_fill_(padding, float("-inf")) if ragged else None))
-        starts = np.array([[rows.start for rows in pack.trunk_rows[key]] for key in keys]).T
+        blocks.append(PrefixBlock(np.array([numbers[key] for key in own]), lengths, {}, bias))
+        starts = np.array([[rows.start for rows in pack.trunk_rows[key]] for key in own]).T
         gathers.append([torch.from_numpy(first[:, None] + columns).to(sample.device) for first in starts])
     for layer in sorted(capture):
         level = 0 if pack.level(layer - 1) is pack.lower else 1
@@ -87,17 +83,46 @@ def prefix_blocks(pack: Pack, capture: dict[int, KV], numbers: Mapping[tuple[int
     return blocks
 
 
-def _similar(keys: Iterable[tuple], pack: Pack) -> list[list[tuple]]:
-    """Trunk keys, longest first, cut into runs of similar length."""
-    runs: list[list[tuple]] = []
+def joined_block(numbers: Sequence[int], trunks: Sequence[Mapping[int, KV]]) -> PrefixBlock:
+    """Trunks that were evaluated one by one as a block.
+
+    Args:
+        numbers: of each in the wave.
+        trunks: 1-based layer -> K, V, each [P, kv_heads, d], of every trunk.
+    """
+    sample = next(iter(trunks[0].values()))[0]
+    lengths = np.array([len(next(iter(trunk.values()))[0]) for trunk in trunks])
+    width, bias = _padding(lengths, sample)
+    kv = {}
+    for layer in trunks[0]:
+        kv[layer] = tuple(sample.new_zeros(len(trunks), sample.shape[1], width, sample.shape[2]) for _ in range(2))
+        for place, trunk in enumerate(trunks):
+            for whole, own in zip(kv[layer], trunk[layer]):
+                whole[place, :, :lengths[place]] = own.transpose(0, 1)
+    return PrefixBlock(np.array(numbers), lengths, kv, bias)
+
+
+def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of trunks, longest first, cut into runs of similar length: those of a block."""
+    runs: list[list[int]] = []
     longest = 0
-    for key in keys:
-        length = len(pack.trunk_rows[key][1])
-        if not runs or longest > max(PADDING_LIMIT * length, length + PADDING_TOKENS):
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if not runs or longest > max(PADDING_LIMIT * lengths[place], lengths[place] + PADDING_TOKENS):
             runs.append([])
-            longest = length
-        runs[-1].append(key)
+            longest = lengths[place]
+        runs[-1].append(place)
     return runs
+
+
+def _padding(lengths: np.ndarray, like: Tensor) -> tuple[int, Tensor | None]:
+    """Keys of a block of trunks of these lengths, and the bias that hides those beyond a trunk's own."""
+    width = int(lengths.max())
+    if lengths.min() == width:
+        return width, None
+    width = -(-width // KEY_ALIGNMENT) * KEY_ALIGNMENT
+    padding = torch.from_numpy(np.arange(width) >= lengths[:, None]).to(like.device)[:, None, None]
+    bias = torch.zeros(padding.shape, dtype=like.dtype, device=like.device)
+    return width, bias.masked_fill_(padding, float("-inf"))
 
 
 def _select(kv: Mapping[int, KV], where: Tensor) -> dict[int, KV]:

@@ -1,9 +1,9 @@
 """The embedded rollout engine: decodes on the training shards, many experts and prompts in one batch.
 
 A wave of at most ``rollout.decode_lanes`` lanes: its distinct prefixes are evaluated once (per expert above
-``adapter.first_layer`` in scope ``sequence``, else for all), then all its lanes step in lockstep. A lane
-starts with the forced tokens that training's packs start a leaf with, so log-probs are the trainer's up to
-rounding.
+``adapter.first_layer`` in scope ``sequence``, else for all) or found in the prefix store (``prefill``), then all
+its lanes step in lockstep. A lane starts with the forced tokens that training's packs start a leaf with, so
+log-probs are the trainer's up to rounding.
 
 Pipeline stages relay hidden states; the last one samples and broadcasts, so every rank of the replica knows
 every token and takes the same turns. Context ranks have whole prompts of their own and tell each other what was
@@ -12,7 +12,7 @@ ranks keep these in step (``lockstep``).
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,18 +21,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from copd_megatron.config.rollout import RolloutConfig
-from copd_megatron.model.attention import KV
 from copd_megatron.model.backbone import Backbone
-from copd_megatron.model.shared_prefix import Leaf, LeafGroup, Pack, PackRules, build_pack, pack_tokens
-from copd_megatron.model.vision import stage_needs_features
 from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
 from copd_megatron.rollout.decode_state import Answers, DecodeState
 from copd_megatron.rollout.engine import EngineCounters, Request, VisualSource
-from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock, prefix_blocks
-from copd_megatron.rollout.lanes import Prefixes, Wave, deal_requests, plan_waves
-from copd_megatron.rollout.lockstep import Lockstep
+from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock
+from copd_megatron.rollout.lanes import Wave, deal_requests, plan_waves
+from copd_megatron.rollout.prefill import Prefill
+from copd_megatron.rollout.relay import StageRelay
 from copd_megatron.rollout.sampling import Sampled, sample
 from copd_megatron.types import Completion, Segment, UserError
 
@@ -58,12 +56,8 @@ class MegatronEngine:
     def __init__(self, backbone: Backbone, groups: Groups, config: RolloutConfig, seed: int):
         self.backbone, self.groups, self.config, self.seed = backbone, groups, config, seed
         self.counters = EngineCounters()
-        self.device = device()
-        self.lockstep = Lockstep(backbone, groups)
-        rules = backbone.rules
-        self.rules = rules
-        # The naive engine differs in one thing: equal prefixes are evaluated again for every completion.
-        self._prefill_rules = PackRules(rules.scope, rules.first_layer, sharing=True)
+        self.device, self.rules = device(), backbone.rules
+        self.prefill, self.relay = Prefill(backbone, groups, config), StageRelay(backbone, groups)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request],
@@ -74,7 +68,7 @@ class MegatronEngine:
         rank_of = deal_requests(requests, self.groups.layout.cp)
         mine = [index for index, rank in enumerate(rank_of) if rank == self.groups.coords.cp]
         computed, answers = self._answer([requests[index] for index in mine], visual)
-        self.lockstep.finish()
+        self.relay.lockstep.finish()
         own = computed, [answer._replace(request=mine[answer.request]) for answer in answers]
         completions: list[list[Completion]] = [[] for _ in requests]
         for computed, answers in all_gather_objects(own, self.groups.cp):
@@ -91,14 +85,14 @@ class MegatronEngine:
     def _answer(self, requests: Sequence[Request], visual: VisualSource | None) -> tuple[float, list[_Answer]]:
         """Prompt tokens evaluated, averaged over the layers, and the answers of all samples."""
         found: list[_Answer] = []
-        prefixes, blocks, computed = None, [], 0.0
+        prefixes, blocks, before = None, [], self.prefill.computed_tokens
+        self.prefill.forget_old()
         for wave in plan_waves(requests, self.rules, self.config.decode_lanes):
             if wave.prefixes is not prefixes:
                 prefixes, blocks = wave.prefixes, []  # Free the last wave's before the next is computed.
-                blocks, tokens = self._prefill(prefixes, visual)
-                computed += tokens
+                blocks = self.prefill.blocks(prefixes, visual)
             found += _answers(wave, self._decode(wave, requests, blocks))
-        return computed, found
+        return self.prefill.computed_tokens - before, found
 
     def _check(self, request: Request, visual: VisualSource | None) -> None:
         """Refuse a request before any work is done."""
@@ -123,49 +117,6 @@ class MegatronEngine:
         if len(prompt.visual_index) and visual is None:
             raise ValueError(f"visual: not given, but prompt {prompt.key!r} has media")
 
-    def _prefill(self, prefixes: Prefixes, visual: VisualSource | None) -> tuple[list[PrefixBlock], float]:
-        """Evaluate all trunks of a wave, pack by pack; also the tokens that took, averaged over the layers."""
-        blocks, computed = [], 0.0
-        for slots in self._pack_slots(prefixes):
-            groups = [_trunks_of(prefixes, slot) for slot in slots]
-            pack = build_pack(groups, self._prefill_rules, self.device, trunks_only=True)
-            capture = self._capture(pack, visual)
-            numbers = {(place, owner): prefixes.numbers[slot, owner]
-                       for place, slot in enumerate(slots) for owner in prefixes.owners[slot]}
-            blocks += prefix_blocks(pack, capture, numbers)
-            computed += self._mean_tokens(pack)
-        return blocks, computed
-
-    def _pack_slots(self, prefixes: Prefixes) -> Iterator[list[int]]:
-        """Prompts to evaluate together: as many as ``rollout.max_prompt_tokens`` holds, at least one."""
-        slots, total = [], 0
-        for slot, owners in enumerate(prefixes.owners):
-            if not owners:
-                continue
-            tokens = pack_tokens([_trunks_of(prefixes, slot)], self._prefill_rules)
-            if slots and total + tokens > self.config.max_prompt_tokens:
-                yield slots
-                slots, total = [], 0
-            slots.append(slot)
-            total += tokens
-        if slots:
-            yield slots
-
-    def _capture(self, pack: Pack, visual: VisualSource | None) -> dict[int, KV]:
-        """Run a pack of trunks through this stage: 1-based layer -> K, V."""
-        layers, capture, features = self.backbone.layer_range, {}, None
-        seen = any(len(prompt.visual_index) for prompt in pack.prompts)
-        if seen and stage_needs_features(self.backbone.spec, layers):
-            features = visual(pack.prompts)
-        entering = pack.level(max(layers.start - 1, 0)).tokens
-        self._relay(entering, lambda: self.backbone(pack, features, capture))
-        return capture
-
-    def _mean_tokens(self, pack: Pack) -> float:
-        """Tokens of a pack, averaged over the layers."""
-        total = self.backbone.spec.num_layers
-        return sum(pack.level(layer).tokens for layer in range(total)) / total
-
     def _decode(self, wave: Wave, requests: Sequence[Request], blocks: Sequence[PrefixBlock]) -> Answers:
         """Step all lanes of a wave until each has ended."""
         state = DecodeState(wave, requests, self.rules, self.seed, self.device)
@@ -189,7 +140,7 @@ class MegatronEngine:
     def _forward(self, token_ids: Tensor, position_ids: Tensor, attention: DecodeAttention,
                  routing: Sequence[tuple[str, slice]]) -> Tensor:
         """[L c, 1, H] of this stage."""
-        return self._relay(len(token_ids), lambda: self.backbone.forward_step(
+        return self.relay.run(len(token_ids), lambda: self.backbone.forward_step(
             token_ids, position_ids, attention, routing))
 
     def _sample(self, hidden: Tensor, state: DecodeState, fed: int, rows: int) -> Tensor:
@@ -209,25 +160,6 @@ class MegatronEngine:
         if self.groups.layout.pp > 1:
             dist.broadcast(sampled, src=self.groups.last_stage_rank, group=self.groups.pp)
         return sampled
-
-    def _relay(self, entering: int, run: Callable[[], Tensor]) -> Tensor:
-        """Run this stage between its neighbours: receive ``entering`` rows, run, send on what it returns."""
-        groups, backbone = self.groups, self.backbone
-        self.lockstep.turn()
-        if not groups.is_first_stage:
-            received = torch.empty(entering, 1, backbone.spec.hidden_size, dtype=backbone.dtype,
-                                   device=self.device)
-            dist.recv(received, group=groups.pp, group_src=groups.coords.pp - 1)
-            backbone.set_input_tensor(received)
-        hidden = run()
-        if not groups.is_last_stage:
-            dist.send(hidden.contiguous(), group=groups.pp, group_dst=groups.coords.pp + 1)
-        return hidden
-
-
-def _trunks_of(prefixes: Prefixes, slot: int) -> LeafGroup:
-    """One prompt with a leaf for each trunk that it needs."""
-    return LeafGroup(prefixes.prompts[slot], [Leaf(owner, ()) for owner in prefixes.owners[slot]])
 
 
 def _routing(experts: Sequence[tuple[str | None, slice]], rows: int) -> list[tuple[str, slice]]:

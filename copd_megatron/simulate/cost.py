@@ -67,8 +67,10 @@ def assumptions(hardware: Hardware, dtype: str) -> list[str]:
 def step_flops(job: Job, placement: Placement, replica: int, opd: bool = True) -> dict[str, Flops]:
     """Operations of one replica's step: phase (rollout, score, update) -> operations of all its ranks together."""
     total = {"rollout": Flops(), "score": Flops(), "update": Flops()}
-    for group in job.groups(placement, replica, opd):
+    groups = job.groups(placement, replica, opd)
+    for group in job.decoded(groups):
         total["rollout"] += _pass(job, group.domain, True, backward=False) * group.count
+    for group in groups:
         total["update"] += _pass(job, group.domain, True, backward=True) * group.count
         if group.edge is None:  # the KL to the backbone is always measured
             total["score"] += _pass(job, group.domain, False, backward=False) * group.count
@@ -125,13 +127,14 @@ def _replica_time(job: Job, layout: Layout, placement: Placement, replica: int, 
     flops = step_flops(job, placement, replica, opd)
     batches = job.microbatches(groups)
     rows = sum(batch.tokens for batch in batches)
-    scored_rows = rows * flops["score"].total / max(1.0, flops["rollout"].total)
+    forward = sum((_pass(job, group.domain, True, backward=False) * group.count for group in groups), Flops())
+    scored_rows = rows * flops["score"].total / max(1.0, forward.total)
     update = _pipeline_time(job, layout, hardware, flops["update"], len(batches), rows,
                             passes=4 if job.model.recompute == "full" else 3)
     if job.model.recompute == "full":
-        update += _compute_time(job, layout, hardware, flops["rollout"])
+        update += _compute_time(job, layout, hardware, forward)
     score = _pipeline_time(job, layout, hardware, flops["score"], len(batches), scored_rows, passes=1)
-    return _rollout_time(job, layout, hardware, groups, flops["rollout"]), score, update
+    return _rollout_time(job, layout, hardware, job.decoded(groups), flops["rollout"]), score, update
 
 
 def _compute_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops) -> float:

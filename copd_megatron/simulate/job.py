@@ -121,6 +121,10 @@ class Job:
         return {edge: min(native, len(part)) for edges in incoming.values()
                 for edge, part in zip(edges, split_evenly(round(native * self.opd.cross_ratio), len(edges)))}
 
+    def decoded(self, groups: Sequence[Group]) -> list[Group]:
+        """Those of the groups whose completions are sampled, and not taken from native batches."""
+        return [group for group in groups if group.edge is None or self.opd.rollouts == "fresh"]
+
     def cross_prompts(self, edge: Edge) -> int:
         """Prompts of an edge in one OPD step, over all replicas of its student, as ``trainer.opd_phase`` counts."""
         return self._cross_counts[edge]
@@ -137,8 +141,13 @@ class Job:
             return len(placement.share(expert, replica, count))
 
         native = [Group(e, e, share(e, self.rollout.prompts_per_step)) for e in hosted]
-        cross = [Group(e.student, prompts_of(e, self.experts), share(e.student, self.cross_prompts(e)), e)
-                 for e in self.edges if opd and e.student in hosted]
+        cross = []
+        for edge in self.edges if opd else ():
+            domains = prompts_of(edge, self.experts, self.opd.prompts)
+            parts = split_evenly(self.cross_prompts(edge), len(domains))
+            if edge.student in hosted:
+                cross += [Group(edge.student, domain, share(edge.student, len(part)), edge)
+                          for domain, part in zip(domains, parts)]
         return [group for group in native + cross if group.count]
 
     def rows(self, domain: str, lanes: int) -> Rows:

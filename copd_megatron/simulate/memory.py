@@ -148,6 +148,8 @@ def rank_memory(job: Job, layout: Layout, placement: Placement, replica: int, st
     if stage_needs_features(job.spec, layers):
         always["vision tower"] = job.vision_bytes
         always["vision cache"] = _feature_cache_bytes(job)
+    if job.rollout.prefix_store_bytes:
+        always["prefix store"] = job.rollout.prefix_store_bytes
     always |= {part: hosted * size for part, size in one.items()}
     if job.rlvr.kl_coef and job.rlvr.kl_reference != "backbone":
         always["adapters"] += one["adapters"]
@@ -217,7 +219,7 @@ def _rollout_bytes(job: Job, layout: Layout, placement: Placement, replica: int,
     kv_row = 2 * width.kv * width.item * layers
     own = trunks = lanes = 0
     limit = job.rollout.decode_lanes
-    for group in job.groups(placement, replica):
+    for group in job.decoded(job.groups(placement, replica)):
         taken = min(group.count * job.rollout.group_size, limit - lanes)
         prompts = -(-taken // job.rollout.group_size)
         forced = job.forced(group.domain)

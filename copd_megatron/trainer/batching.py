@@ -13,6 +13,9 @@ from copd_megatron.model.shared_prefix import Leaf, LeafGroup, PackRules, pack_t
 from copd_megatron.rollout.engine import Request
 from copd_megatron.types import Completion, Edge
 
+NativePlace = tuple[str, int]
+"""An expert and a place in its native batch of the step, counted over all replicas."""
+
 
 @dataclass(eq=False)
 class Sample:
@@ -23,7 +26,7 @@ class Sample:
 
     completion: Completion
     expert: str
-    """The policy that sampled it and is updated."""
+    """The policy that is updated; it sampled the completion too, unless that is reused."""
     edge: Edge | None = None
     """The OPD edge of a cross sample; None: native, learns from its reward."""
     advantage: float = 0.0
@@ -50,6 +53,11 @@ class Sample:
         return self.edge is None
 
     @property
+    def is_off_policy(self) -> bool:
+        """Whether another policy sampled it (``opd.rollouts=native``)."""
+        return self.completion.expert != self.expert
+
+    @property
     def length(self) -> int:
         """R, completion tokens."""
         return len(self.loss_mask)
@@ -73,6 +81,8 @@ class Asked:
     slot: int
     slots: int
     edge: Edge | None = None
+    native: NativePlace | None = None
+    """Where its prompt is among the native ones, for a cross request."""
 
     def sample(self, completion: Completion, advantage: float = 0.0) -> Sample:
         """What the expert that was asked learns from one completion."""

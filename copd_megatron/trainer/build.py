@@ -102,7 +102,8 @@ def build_policies(config: RunConfig) -> Policies:
     visual = visual_features(config.model, backbone)
     engine = MegatronEngine(backbone, groups, config.rollout, config.seed)
     collector = Collector(engine, encoder, tasks, scorers, visual, groups)
-    return Policies(groups, backbone, Runner(backbone, groups, visual), encoder, tasks, source, collector)
+    runner = Runner(backbone, groups, visual, engine.prefill)
+    return Policies(groups, backbone, runner, encoder, tasks, source, collector)
 
 
 def place(config: RunConfig, replicas: int) -> Placement:
@@ -160,10 +161,11 @@ def build_trainer(config: RunConfig, run_dir: Path, resume: bool = False) -> Tra
     resumed = checkpoints.load_latest(state) if resume else None
     params = sampling_params(config.rollout, policies.encoder)
     native = NativeBatch(policies.source, groups, schedule, config.rollout, config.rlvr, params, own_advantage)
-    cross = CrossBatch(policies.source, groups, config.rollout, config.opd, native, params)
+    checked = config.parallel.debug_checks
+    cross = CrossBatch(policies.source, groups, config.rollout, config.opd, native, params, checked)
     budget = config.optimizer.microbatch_tokens
     scoring = Scoring(runner, groups, cross, config.rlvr, config.opd, config.rollout, budget,
-                      config.exchange.transport, config.parallel.debug_checks)
+                      config.exchange.transport, checked)
     learner = Learner(runner, groups, state.optimizers, config.rlvr, config.opd, config.rollout, budget, own_loss)
     milestones = _milestones(config, run_dir, policies, state, checkpoints, schedule.total_steps, resumed)
     return Trainer(config, groups, runner, policies.collector, native, cross, scoring, learner, schedule,

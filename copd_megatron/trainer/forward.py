@@ -1,7 +1,12 @@
-"""Packs through the backbone with Megatron's schedules: one stage or many, with or without backward."""
+"""Packs through the backbone with Megatron's schedules: one stage or many, with or without backward.
+
+Where no gradient flows into prefixes (scope ``completion``) and there is a store for them, they are taken from it, and
+packs hold completions only. What a run of the schedule needs is brought together before it, as its stages must not
+wait for each other within; microbatches are dealt out to as many runs as the store's budget makes necessary.
+"""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,11 +18,13 @@ from megatron.core.pipeline_parallel.schedules import (
 from torch import Tensor
 
 from copd_megatron.config.model import ModelConfig
+from copd_megatron.model.attention import KV
 from copd_megatron.model.backbone import DTYPES, Backbone, Visual
 from copd_megatron.model.shared_prefix import Pack, build_pack
 from copd_megatron.model.vision import VisionTower, stage_needs_features
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
+from copd_megatron.rollout.prefill import Prefill
 from copd_megatron.trainer.batching import Microbatch
 from copd_megatron.types import Prompt
 
@@ -29,15 +36,17 @@ AtEnd = Callable[[Tensor, Pack, Microbatch], tuple[Tensor | None, Any]]
 class Runner:
     """Runs microbatches and counts the tokens it computed."""
 
-    def __init__(self, backbone: Backbone, groups: Groups, visual: Callable[[Sequence[Prompt]], Visual | None]):
-        self.backbone, self.groups, self.visual = backbone, groups, visual
-        self._tokens, self._naive_tokens = 0, 0
+    def __init__(self, backbone: Backbone, groups: Groups, visual: Callable[[Sequence[Prompt]], Visual | None],
+                 prefill: Prefill | None = None):
+        """``prefill``: of the rollout engine, whose store serves here too where it can."""
+        self.backbone, self.groups, self.visual, self.prefill = backbone, groups, visual, prefill
+        self._tokens, self._naive_tokens = 0.0, 0
 
     def work(self, part: str) -> dict[str, tuple[float, float]]:
         """(sum, weight) of what was computed since the last call: ``tokens/{part}`` and the share that prefix
         sharing saved."""
         tokens, naive = float(self._tokens), float(self._naive_tokens)
-        self._tokens = self._naive_tokens = 0
+        self._tokens, self._naive_tokens = 0.0, 0
         return {f"tokens/{part}": (tokens, 0.0), "tokens/saved_share": (naive - tokens, naive)}
 
     def score(self, microbatches: Sequence[Microbatch], at_end: AtEnd) -> list[Any]:
@@ -52,13 +61,47 @@ class Runner:
     def _run(self, microbatches: Sequence[Microbatch], at_end: AtEnd, forward_only: bool) -> list[Any]:
         if not microbatches:
             return []
+        if self.prefill is None or not self.prefill.serves_training:
+            return self._schedule(microbatches, at_end, forward_only)
+        results, before = [], self.prefill.computed_tokens
+        for part in self._within_budget(microbatches):
+            prefixes = {prompt.content_hash: self.prefill.trunk(prompt, None, self.visual)
+                        for prompt in self._prompts(part)}
+            results += self._schedule(part, at_end, forward_only, prefixes)
+        self._tokens += self.prefill.computed_tokens - before
+        return results
+
+    def _prompts(self, microbatches: Sequence[Microbatch]) -> list[Prompt]:
+        """Distinct prompts that have a prefix."""
+        prompts = {group.prompt.content_hash: group.prompt for batch in microbatches for group in batch.groups}
+        rules = self.backbone.rules
+        return [prompt for prompt in prompts.values() if len(prompt.token_ids) > rules.forced(prompt)]
+
+    def _within_budget(self, microbatches: Sequence[Microbatch]) -> Iterator[list[Microbatch]]:
+        """As many microbatches at a time as have their prefixes within the store's budget, at least one."""
+        part: list[Microbatch] = []
+        sizes: dict[str, int] = {}
+        for batch in microbatches:
+            more = {p.content_hash: self.prefill.bytes_of(p) for p in self._prompts([batch])}
+            if part and sum((sizes | more).values()) > self.prefill.store.budget_bytes:
+                yield part
+                part, sizes = [], {}
+            part.append(batch)
+            sizes |= more
+        yield part
+
+    def _schedule(self, microbatches: Sequence[Microbatch], at_end: AtEnd, forward_only: bool,
+                  prefixes: Mapping[str, Mapping[int, KV]] | None = None) -> list[Any]:
+        """One run of Megatron's schedule; ``prefixes``: by content hash, for packs that do not hold them."""
+        outside = prefixes is not None
 
         def forward_step(iterator, model):
             batch = next(iterator)
-            pack = build_pack(batch.groups, model.rules, device(), share=model.share)
+            pack = build_pack(batch.groups, model.rules, device(), share=model.share, outside=outside)
             self._tokens += pack.upper.tokens
             self._naive_tokens += pack.naive_tokens
-            out = model(pack, self.visual(pack.prompts))
+            out = model(pack, None if outside else self.visual(pack.prompts),
+                        outside=[prefixes[prompt.content_hash] for prompt in pack.outside])
 
             def loss_of(hidden):
                 loss, result = at_end(hidden, pack, batch)

@@ -67,7 +67,7 @@ class Milestones:
     def after_step(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         """Record the ``step``-th step (counted from 1); evaluate and save when it is time."""
         self.state.step = step
-        self.timers.add_tokens("rollout", int(metrics["tokens/step"]))
+        self.timers.add_tokens("rollout", int(metrics["tokens/step"] - metrics.get("tokens/reused", 0.0)))
         for part in COUNTED:
             self.timers.add_tokens(part, int(metrics.pop(f"tokens/{part}")))
         values = {**metrics, **self.timers.collect()}

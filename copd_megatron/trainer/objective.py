@@ -4,6 +4,8 @@ native (RLVR)         clipped surrogate with the group advantage, + kl_coef KL -
 cross, ``sampled``    the same surrogate with advantage beta (log pi_teacher - log pi_student), both detached
 cross, others         beta x divergence from the teacher, on k ids (its own top-k or the student's) with a tail
                       bucket, or on the vocabulary
+reused, ``sampled``   as cross, x min(pi_student / pi_sampler, importance_cap) of the token, detached; a divergence does
+                      not depend on the token that was sampled, and is not weighted
 
 (Gu et al. 2026, arXiv:2604.27083). loss = sum over tokens of weight x loss, see ``losses.reduction``: native
 and cross samples of an expert are reduced together, as one batch.
@@ -31,7 +33,7 @@ from copd_megatron.model.vocab_parallel import TokenScores, full_divergence, sco
 from copd_megatron.trainer.batching import Microbatch
 from copd_megatron.trainer.rows import Rows
 from copd_megatron.trainer.step_metrics import Sums
-from copd_megatron.types import UserError
+from copd_megatron.types import Edge, UserError
 
 LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -72,7 +74,7 @@ class Objective:
         scores = score(hidden_NH, self.backbone.head, pack.target_ids, temperature=self.temperature, entropy=True,
                        at_ids_TK=_teacher_ids(rows))
         tokens = self._tokens(rows, scores.logprobs_T)
-        losses, columns = self._policy_gradient(rows, tokens)
+        losses, columns, weights = self._policy_gradient(rows, tokens)
         distance = kl_estimate(tokens.policy, tokens.old + tokens.delta, "k3").detach()
         dense = self._divergence(rows, hidden_NH, scores.at_logprobs_TK)
         if dense is not None:
@@ -82,7 +84,7 @@ class Objective:
         losses, regulariser = self._regularise(rows, tokens, losses, scores)
         weighted = losses * rows.weights_N.masked_fill(tokens.dropped, 0)
         sums = self._expert_sums(rows, columns | regulariser, weighted)
-        sums |= self._edge_sums(rows, tokens, distance)
+        sums |= self._edge_sums(rows, tokens, distance, weights)
         return weighted.sum(), sums
 
     def _tokens(self, rows: Rows, policy: Tensor) -> _Tokens:
@@ -98,8 +100,9 @@ class Objective:
             sample.delta = None if sample.is_native else delta
         return _Tokens(native, policy, old, backbone, teacher - old, beta, advantage, ~kept)
 
-    def _policy_gradient(self, rows: Rows, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor]]:
-        """Surrogate losses [N] with their importance correction, and columns to record."""
+    def _policy_gradient(self, rows: Rows, tokens: _Tokens) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Surrogate losses [N] with their importance correction, columns to record, and the weights [N] of tokens that
+        another policy sampled (None where there are none)."""
         config = self.rlvr
         gap = mismatch(tokens.old, rows.engine_logprobs_N)
         columns = {"mismatch_kl": gap["kl"]}
@@ -110,12 +113,17 @@ class Objective:
         else:
             losses = self._own_loss(rows, tokens)
             columns["ratio_mean"] = torch.exp(tokens.policy.detach() - tokens.old)
+        corrections, reused = None, None
         if config.importance_correction != "none":
-            weights = importance_weights(tokens.old, rows.engine_logprobs_N, config.importance_correction,
-                                         config.importance_cap)
-            losses = losses * weights
-            columns["importance_clipped"] = weights != gap["weight"]
-        return losses, columns
+            corrections = importance_weights(tokens.old, rows.engine_logprobs_N, config.importance_correction,
+                                             config.importance_cap)
+            columns["importance_clipped"] = corrections != gap["weight"]
+        off_policy = [s.is_off_policy for s in rows.samples]
+        if any(off_policy):
+            reused = importance_weights(tokens.old, rows.engine_logprobs_N, "truncated", self.opd.importance_cap)
+            others = torch.ones_like(reused) if corrections is None else corrections
+            corrections = torch.where(rows.marked(off_policy), reused, others)
+        return losses if corrections is None else losses * corrections, columns, reused
 
     def _own_loss(self, rows: Rows, tokens: _Tokens) -> Tensor:
         try:
@@ -188,19 +196,29 @@ class Objective:
                 sums[f"{expert}/loss_opd"] = (opd[place] / updates, 0.0)
         return sums
 
-    @staticmethod
-    def _edge_sums(rows: Rows, tokens: _Tokens, distance: Tensor) -> Sums:
-        """Means over the tokens of each edge; ``distance`` [N] estimates KL(student || teacher)."""
+    def _edge_sums(self, rows: Rows, tokens: _Tokens, distance: Tensor, reused: Tensor | None) -> Sums:
+        """Means over the tokens of each edge; ``distance`` [N] estimates KL(student || teacher), ``reused`` [N] weighs
+        tokens that another policy sampled."""
         edges = list(dict.fromkeys(s.edge for s in rows.samples if s.edge is not None))
         if not edges:
             return {}
         of = [None if s.edge is None else edges.index(s.edge) for s in rows.samples]
-        means = rows.sums({"delta_mean": tokens.delta, "dropped": tokens.dropped,
-                           "beta_delta_abs": (tokens.beta * tokens.delta).abs(), "teacher_kl": distance},
-                          of, len(edges))
-        counts = _tokens_per_group(rows, of, len(edges))
-        return {edge_name(edge.teacher, edge.student, name): (column[place], counts[place])
-                for name, column in means.items() for place, edge in enumerate(edges)}
+        columns = {"delta_mean": tokens.delta, "dropped": tokens.dropped,
+                   "beta_delta_abs": (tokens.beta * tokens.delta).abs(), "teacher_kl": distance}
+        sums = _edge_means(rows, columns, edges, of)
+        if reused is not None:
+            of = [number if s.is_off_policy else None for s, number in zip(rows.samples, of)]
+            columns = {"reuse_weight": reused, "reuse_clipped": reused >= self.opd.importance_cap}
+            sums |= {name: own for name, own in _edge_means(rows, columns, edges, of).items() if own[1]}
+        return sums
+
+
+def _edge_means(rows: Rows, columns: Mapping[str, Tensor], edges: Sequence[Edge],
+                edge_of: Sequence[int | None]) -> Sums:
+    """Sums and numbers of tokens of each column over the samples of each edge."""
+    sums, counts = rows.sums(columns, edge_of, len(edges)), _tokens_per_group(rows, edge_of, len(edges))
+    return {edge_name(edge.teacher, edge.student, name): (column[place], counts[place])
+            for name, column in sums.items() for place, edge in enumerate(edges)}
 
 
 def _tokens_per_group(rows: Rows, group_of: Sequence[int | None], groups: int) -> list[float]:

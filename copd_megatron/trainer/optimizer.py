@@ -18,7 +18,7 @@ class ExpertOptimizer:
     """Updates one expert's adapters on the ranks that host it."""
 
     def __init__(self, expert: str, bank: AdapterBank, groups: Groups, config: OptimizerConfig):
-        self.expert, self.groups, self.config = expert, groups, config
+        self.expert, self.bank, self.groups, self.config = expert, bank, groups, config
         self.parameters, self.dtype = bank.parameters_of(expert), bank.dtype
         self.updates = 0
         # A dict is a parameter group: a stage below the first adapted layer has an empty one.
@@ -53,6 +53,7 @@ class ExpertOptimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
+        self.bank.changed(self.expert)
         self.updates += 1
         return {"grad_norm": norm, "adapter_norm": self._norm(list(self.parameters.values())), "lr": lr}
 

@@ -123,14 +123,13 @@ def native_metrics(samples: Sequence[Sample], groups: Sequence[Sequence[Completi
         add(f"{expert}/parseable", completion.extracted is not None)
     for group in groups:
         add(f"{group[0].expert}/zero_std_groups", not _has_signal(group))
-    add_sums(sums, group_tokens(groups))
     return sums
 
 
-def group_tokens(groups: Sequence[Sequence[Completion]]) -> Sums:
-    """What the groups cost, by expert: each prompt once, and all completions."""
+def group_tokens(asked: Sequence[Asked], groups: Sequence[Sequence[Completion]]) -> Sums:
+    """What the groups cost, by the expert that learns from them: each prompt once, and all completions."""
     sums: Sums = {}
-    for group in groups:
-        tokens = len(group[0].prompt.token_ids) + sum(len(c.token_ids) for c in group)
-        add_sums(sums, {f"{group[0].expert}/tokens": (float(tokens), 0.0)})
+    for own, group in zip(asked, groups):
+        tokens = len(own.request.prompt.token_ids) + sum(len(c.token_ids) for c in group)
+        add_sums(sums, {f"{own.request.expert}/tokens": (float(tokens), 0.0)})
     return sums

@@ -71,6 +71,7 @@ class Trainer:
         numbers.add_deltas(samples)
         with timers("score"):
             numbers.add(self.agreement(step, samples))
+        numbers.add(self.runner.prefill.work())
         self.milestones.record_rollouts(step, phase, samples)
         metrics = numbers.reduce()
         self.schedule.observe(step, measured(metrics, self.experts))
@@ -79,17 +80,24 @@ class Trainer:
     def collect(self, step: int, edges: Sequence[Edge], numbers: StepMetrics) -> list[Sample]:
         """Native and, in OPD steps, cross samples of the hosted experts: one batch for the engine."""
         native, cross = self.native.requests(step), self.cross.requests(step, edges)
+        reusing = bool(edges) and self.config.opd.rollouts == "native"
         with self.timers("rollout"):
-            groups = self.collector.collect([a.request for a in native + cross], graded=len(native))
+            sampled = native if reusing else native + cross
+            groups = self.collector.collect([a.request for a in sampled], graded=len(native))
             native_groups, cross_groups = groups[:len(native)], groups[len(native):]
+            if reusing:
+                with self.timers("exchange"):
+                    cross_groups = self.cross.reused(cross, native, native_groups)
             replaced = self.native.resample(step, native, native_groups, self.collector)
         samples = self.native.samples(native, native_groups)
         crossing = self.cross.samples(cross, cross_groups)
         numbers.add(native_metrics(samples, native_groups))
         numbers.add(cross_metrics(crossing))
-        numbers.add(group_tokens(cross_groups))
+        numbers.add(group_tokens(native + cross, native_groups + cross_groups))
         numbers.add({f"{e}/resampled_groups": (float(n), 0.0) for e, n in replaced.items()})
         numbers.add({"tokens/step": (float(sum(s.length for s in samples + crossing)), 0.0)})
+        if reusing:
+            numbers.add({"tokens/reused": (float(sum(s.length for s in crossing)), 0.0)})
         return samples + crossing
 
     def agreement(self, step: int, samples: Sequence[Sample]) -> Sums:

@@ -16,6 +16,10 @@ def run(*experts: str, **sections) -> RunConfig:
 @pytest.mark.parametrize(("overrides", "message"), [
     (["parallel.virtual_pipeline=2"], r"^parallel\.virtual_pipeline: 2; allowed is 1: interleaved stages"),
     (["rollout.top_p=0.9"], r"^rollout\.top_p: 0\.9; training requires 1\.0"),
+    (["rollout.prefix_store_bytes=9", "model.prefix_sharing=false"],
+     r"^rollout\.prefix_store_bytes: 9 with model\.prefix_sharing=false, which .*; set one of the two"),
+    (["rollout.prefix_store_bytes=9", "parallel.context=2", "parallel.moe_expert=2"],
+     r"^rollout\.prefix_store_bytes: 9 with MoE experts spread over parallel\.context=2 ranks, .*parallel\.context=1"),
     (["rlvr.dual_clip=3", "rlvr.loss=cispo"], r"^rlvr\.dual_clip: 3\.0 with rlvr\.loss=cispo"),
     (["rlvr.overlong_buffer_tokens=65", "rollout.max_completion_tokens=64"],
      r"^rlvr\.overlong_buffer_tokens: 65; at most rollout\.max_completion_tokens, 64"),

@@ -151,5 +151,8 @@ def test_frozen_teachers_teach_and_whose_prompts_are_asked():
                       {"teacher": "old", "student": "video", "prompts": "image"},
                       {"teacher": "text", "student": "image", "prompts": "image"}], frozen={"old": "somewhere"})
     assert [(e.teacher, e.student, prompts_of(e, EXPERTS)) for e in found] == [
-        ("image", "text", "image"), ("old", "text", "text"), (BACKBONE, "text", "text"), ("text", "image", "image"),
-        ("old", "video", "image")]
+        ("image", "text", ("image",)), ("old", "text", ("text",)), (BACKBONE, "text", ("text",)),
+        ("text", "image", ("image",)), ("old", "video", ("image",))]
+    for whose, wanted in (("student", [("text",)] * 3 + [("image",)] * 2),
+                          ("both", [("image", "text"), ("text",), ("text",), ("image",), ("image",)])):
+        assert [prompts_of(edge, EXPERTS, whose) for edge in found] == wanted, "an edge's own prompts come first"

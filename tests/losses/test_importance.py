@@ -48,3 +48,12 @@ def test_bad_input():
         importance_weights(torch.zeros(2), torch.zeros(2), "masked", cap=1.0)
     with pytest.raises(ValueError, match="trainer"):
         mismatch(torch.zeros(2), torch.zeros(3))
+
+
+def test_what_truncated_weights_estimate():
+    """Off-policy sums over q with weights min(p / q, C) are sums over min(p, C q): p itself where p <= C q."""
+    p, q = (torch.randn(50, generator=torch.Generator().manual_seed(n), dtype=torch.float64).log_softmax(0)
+            for n in (1, 2))
+    for cap in (1.2, 3.0, 1e6):
+        weights = importance_weights(p, q, "truncated", cap)
+        torch.testing.assert_close(q.exp() * weights, torch.minimum(p.exp(), cap * q.exp()), rtol=1e-12, atol=0)

@@ -69,6 +69,46 @@ def test_a_capture_keeps_keys_and_values_and_nothing_else_alive(groups):
     assert storage_bytes(held) == 3 * 2 * pack.upper.tokens * SPEC.num_kv_heads * SPEC.head_dim * 8
 
 
+@pytest.mark.parametrize("attention, recompute", [("flash", "none"), ("reference", "full"), ("flash", "selective")])
+@pytest.mark.parametrize("first_layer", [0, 1])
+def test_prefixes_from_outside_are_those_of_the_stream(groups, first_layer, attention, recompute):
+    """Scope completion: keys and values of prefixes evaluated before, those of equal prompts once."""
+    lanes = [*_lanes(), LeafGroup(make_prompt(2, 6), [Leaf("a", [30])]),
+             LeafGroup(make_prompt(5, 3), [Leaf("b", [31])])]
+    options = {"scope": "completion", "first_layer": first_layer, "attention": attention, "recompute": recompute}
+    want, want_grads, inside = _run(groups, lanes, **options)
+    backbone = make_backbone(groups, **options)
+    pack = build_pack(lanes, backbone.rules, CPU, outside=True)
+    assert [prompt.key for prompt in pack.outside] == ["p1", "p2"] and not len(pack.level(0).visual_index)
+    assert pack.upper.tokens == inside.upper.tokens - (9 - 3) - 2 * (6 - 3) and pack.naive_tokens == inside.naive_tokens
+    given = []
+    for prompt in pack.outside:
+        capture = {}
+        with torch.no_grad():
+            alone = build_pack([LeafGroup(prompt, [Leaf(None, ())])], backbone.rules, CPU, trunks_only=True)
+            backbone(alone, make_visual([prompt]), capture)
+        given.append(capture)
+    hidden = backbone(pack, None, outside=given)
+    weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden).cos()
+    (hidden * weights).sum().backward()
+    torch.testing.assert_close(hidden, want, rtol=0, atol=1e-11)
+    for (expert, name), grad in want_grads.items():
+        torch.testing.assert_close(backbone.bank.parameters_of(expert)[name].grad, grad, rtol=0, atol=1e-9, msg=name)
+
+
+def test_layers_evaluated_in_two_goes_are_all_layers(groups):
+    backbone, prompt = make_backbone(groups, first_layer=2), make_prompt(1, 9, visual_tokens=4)
+    pack = build_pack([LeafGroup(prompt, [Leaf("a", ())])], backbone.rules, CPU, trunks_only=True)
+    whole, parts = {}, {}
+    with torch.no_grad():
+        backbone(pack, make_visual([prompt]), whole)
+        border = backbone(pack, make_visual([prompt]), parts, layers=range(0, 2))
+        assert parts.keys() == {1, 2}
+        backbone.set_input_tensor(border)
+        backbone(pack, make_visual([prompt]), parts, layers=range(2, SPEC.num_layers))
+    assert all(torch.equal(a, b) for n, kv in whole.items() for a, b in zip(kv, parts[n], strict=True))
+
+
 @pytest.mark.parametrize("scope", ["sequence", "completion"])
 def test_lanes_do_not_see_each_other(groups, scope):
     """Each lane alone gives the rows it gives in company."""

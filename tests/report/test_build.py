@@ -66,10 +66,11 @@ def test_report_shows_all_parts(finished):
                   "KL to the backbone",
                   "Pairwise top-10 overlap", "Symmetric KL", "|β delta| against |A|, student image",
                   "Delta text → image", "Time per step", "Tokens per second", "saved by prefix sharing",
+                  "found in the prefix store",
                   "Sample completions", "optimizer.lr", "1,000 held-out prompts"):
         assert words in page.text, words
     assert "Not logged" not in page.text
-    assert source.count("<svg") == 3 + 7 + 2 + 3 + 4 + 4
+    assert source.count("<svg") == 3 + 7 + 2 + 3 + 5 + 4
     assert "prefers-color-scheme:dark" in source and "name='viewport'" in source
     assert "http-equiv='refresh'" not in source
 
@@ -135,7 +136,7 @@ def test_one_expert_has_no_empty_sections(tmp_path):
     source, page = read(build_report(folder))
     assert "Not logged: Pairwise top-10 overlap, Symmetric KL." in page.text
     assert "OPD steps" not in page.text
-    assert source.count("<svg") == 12
+    assert source.count("<svg") == 13
 
 
 def test_thirty_experts_stay_small(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack
-from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock, prefix_blocks
+from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock, joined_block, prefix_blocks
 from support.random_backbone import make_backbone, make_prompt, one_rank_groups
 
 CPU = torch.device("cpu")
@@ -136,3 +136,11 @@ def test_blocks_hold_the_captured_rows(scope, first_layer):
                 for x, stream in zip(b.kv[layer], kv):
                     assert x[i, :, :len(rows)].equal(stream[rows.start:rows.stop].transpose(0, 1))
             assert b.bias is None or (b.bias[i, 0, 0] == 0).sum() == b.lengths[i]
+        # The same from trunks given one by one.
+        one_by_one = [{layer: tuple(x[i, :, :b.lengths[i]].transpose(0, 1) for x in b.kv[layer]) for layer in b.kv}
+                      for i in range(len(b.trunks))]
+        again = joined_block(b.trunks.tolist(), one_by_one)
+        assert again.trunks.tolist() == b.trunks.tolist() and again.lengths.tolist() == b.lengths.tolist()
+        assert again.bias is b.bias is None or torch.equal(again.bias, b.bias)
+        seen = torch.ones(1) if b.bias is None else (b.bias == 0).to(CPU)[:, :, 0, :, None]
+        assert all(torch.equal(x * seen, y * seen) for n in b.kv for x, y in zip(b.kv[n], again.kv[n], strict=True))

@@ -21,9 +21,10 @@ from copd_megatron.parallel.groups import Groups  # noqa: E402
 from copd_megatron.parallel.layout import Layout  # noqa: E402
 from copd_megatron.parallel.placement import Placement  # noqa: E402
 from copd_megatron.parallel.seeding import generator_for  # noqa: E402
-from copd_megatron.rollout import megatron_engine  # noqa: E402
+from copd_megatron.rollout import megatron_engine, prefill  # noqa: E402
 from copd_megatron.rollout.engine import Request, SamplingParams  # noqa: E402
 from copd_megatron.rollout.megatron_engine import MegatronEngine  # noqa: E402
+from copd_megatron.rollout.prefix_store import PrefixStore  # noqa: E402
 from copd_megatron.types import Segment, UserError  # noqa: E402
 from rollout.engine_contract import EngineContract, tokens  # noqa: E402
 from support.random_backbone import MOE_SPEC, SPEC, make_backbone, make_prompt, one_rank_groups  # noqa: E402
@@ -31,6 +32,8 @@ from support.ranks import run_ranks  # noqa: E402
 from support.tiny_models import tiny_model  # noqa: E402
 
 CPU = torch.device("cpu")
+AMPLE = 1 << 20
+"""Bytes of a store that evicts nothing."""
 LENGTHS = {1: 9, 2: 6, 3: 13}
 """Number -> length of the contract's prompts."""
 
@@ -49,14 +52,17 @@ class MegatronHarness:
     experts, vocab_size, tolerance, max_prompt_tokens = ("a", "b"), SPEC.vocab_size, 1e-11, 40
     visual = staticmethod(features)
 
-    def __init__(self, groups, **options):
-        self.groups = groups
+    def __init__(self, groups, store=None, **options):
+        self.groups, self.store = groups, store
         self.backbone = make_backbone(groups, **options)
         self.trainer = make_backbone(groups, **{**options, "sharing": False, "attention": "reference"})
 
     def engine(self, **rollout):
         config = RolloutConfig(**{"max_prompt_tokens": self.max_prompt_tokens, **rollout})
-        return MegatronEngine(self.backbone, self.groups, config, seed=7)
+        engine = MegatronEngine(self.backbone, self.groups, config, seed=7)
+        if self.store is not None:  # what one engine leaves, the next one finds
+            engine.prefill.store = self.store
+        return engine
 
     def prompt(self, number, visual=False):
         return make_prompt(number, LENGTHS[number], visual_tokens=4 if visual else 0)
@@ -85,6 +91,16 @@ def harness(request, groups):
 
 class TestMegatronEngine(EngineContract):
     """The contract, in both scopes."""
+
+
+class TestWithAPrefixStore(EngineContract):
+    """The contract, with prefixes that other engines left in a store."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def harness(cls, groups):
+        """One store for all engines of these tests."""
+        return MegatronHarness(groups, PrefixStore(AMPLE, SPEC.num_layers), first_layer=1)
 
 
 PARAMS = SamplingParams(max_tokens=7, stop_token_ids=(7, 20, 33))
@@ -200,13 +216,13 @@ def test_one_prompt_asked_for_twice_is_prefilled_once(groups):
 def test_prefill_is_cut_into_packs(harness, monkeypatch):
     """No pack holds more tokens than the longest allowed prompt, unless it is one prompt."""
     seen = []
-    build = megatron_engine.build_pack
+    build = prefill.build_pack
 
     def watched(*args, **kwargs):
         seen.append(build(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(megatron_engine, "build_pack", watched)
+    monkeypatch.setattr(prefill, "build_pack", watched)
     cut = _outcome(harness.engine(max_prompt_tokens=30).generate(_requests(), features))
     assert len(seen) > 1
     assert all(pack.upper.tokens <= 30 or len(pack.prompts) == 1 for pack in seen)
@@ -262,11 +278,93 @@ def test_moe_layers_decode_as_they_train(groups, scope):
     completions = harness.engine().generate(_requests()[3:12])
     _check_logprobs(harness, completions)
     _same(_outcome(completions), _outcome(harness.engine(decode_lanes=7).generate(_requests()[3:12])))
+    stored = harness.engine(prefix_store_bytes=AMPLE)
+    anew, found = (_outcome(stored.generate(_requests()[3:12])) for _ in range(2))
+    _same_bits(found, anew)
+    _same(found, _outcome(completions))
 
 
-CASES = [("sequence", 0, True, 1024), ("completion", 0, True, 5), ("sequence", 2, True, 1024),
-         ("completion", 3, True, 1024), ("sequence", 1, False, 9)]
-"""(scope, first layer, sharing, decode lanes); the tiny backbone has four layers."""
+def _same_bits(one, other):
+    assert one[:2] == other[:2]
+    assert np.array_equal(one[2], other[2])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("scope,first_layer", [("sequence", 0), ("sequence", 2), ("completion", 0), ("completion", 1)])
+def test_reuse_is_exact_bit_for_bit(groups, scope, first_layer, dtype):
+    """Found, evicted in between, or never kept: the same answers; beside packed prefixes the same up to rounding."""
+    harness = MegatronHarness(groups, scope=scope, first_layer=first_layer, dtype=dtype)
+    visual = lambda prompts: _cast(features(prompts), harness.backbone.dtype)  # noqa: E731
+    never, ample = (harness.engine(prefix_store_bytes=size) for size in (1, AMPLE))
+    want = _outcome(never.generate(_requests(), visual))
+    _same_bits(_outcome(ample.generate(_requests(), visual)), want)
+    some = harness.engine(prefix_store_bytes=ample.prefill.store.bytes // 2)
+    for engine in (some, ample, some, never):
+        _same_bits(_outcome(engine.generate(_requests(), visual)), want)
+    if dtype == "float64":
+        _same(_outcome(harness.engine().generate(_requests(), visual)), want)
+    asked = 3 if scope == "completion" else 4 * 3 * (1 + bool(first_layer))
+    distinct = 3 if scope == "completion" else 4 * 3 + 4 * bool(first_layer)
+    counters = [engine.prefill.store.counters for engine in (never, some, ample)]
+    assert [(own.hits, own.misses) for own in counters[::2]] == [(0, 2 * asked), (2 * asked - distinct, distinct)]
+    assert counters[2].recomputed_tokens == 0 < counters[1].recomputed_tokens
+    assert never.prefill.computed_tokens == counters[0].computed_tokens > ample.prefill.computed_tokens > 0
+    assert some.prefill.store.bytes <= some.prefill.store.budget_bytes
+
+
+def _cast(visual, dtype):
+    merged, deepstack = visual
+    return merged.to(dtype), [x.to(dtype) for x in deepstack]
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+def test_each_distinct_prefix_is_evaluated_once(groups, first_layer):
+    """With a store across calls, without one within a call: the lower layers once for all, the upper per policy."""
+    lengths, layers = (9, 6, 30, 3), SPEC.num_layers
+    once = sum(n - 1 for n in lengths) * (first_layer + 3 * (layers - first_layer)) / layers
+    harness = MegatronHarness(groups, first_layer=first_layer)
+    for size, calls in ((0, 1), (AMPLE, 3)):
+        engine = harness.engine(prefix_store_bytes=size)
+        for _ in range(calls):
+            engine.generate(_requests(), features)
+        assert engine.prefill.computed_tokens == pytest.approx(once)
+        done = engine.prefill.work()
+        assert done["prefix/computed_tokens"] == (pytest.approx(once), 0.0)
+        if size:
+            assert done["prefix/saved_tokens"][0] > (calls - 1) * once - 1e-9
+            assert done["prefix/bytes"] == (engine.prefill.store.bytes, 1)
+        assert not any(value for name, (value, _) in engine.prefill.work().items() if name != "prefix/bytes")
+
+
+@pytest.mark.parametrize("how", ["put", "update"])
+def test_changed_adapters_never_meet_what_old_ones_left(groups, how):
+    harness = MegatronHarness(groups)
+    bank, requests = harness.backbone.bank, [r for r in _requests() if r.expert == "a"]
+    engine = harness.engine(prefix_store_bytes=AMPLE)
+    old = _outcome(engine.generate(requests, features))
+    held = len(engine.prefill.store)
+    with torch.no_grad():
+        factors = {name: 1.5 * p for name, p in bank.parameters_of("a").items()}
+        if how == "put":
+            bank.put("a", factors, bank.scaling_of("a"))
+        else:
+            for name, parameter in bank.parameters_of("a").items():
+                parameter.copy_(factors[name])
+            with pytest.raises(RuntimeError, match="'a' were written to without AdapterBank.changed"):
+                engine.generate(requests, features)
+            bank.changed("a")
+    new = _outcome(engine.generate(requests, features))
+    _same_bits(new, _outcome(harness.engine(prefix_store_bytes=1).generate(requests, features)))
+    assert new[0] != old[0] or not np.array_equal(new[2], old[2])
+    assert len(engine.prefill.store) == held, "what the old weights left is gone"
+    bank.remove("a")
+    engine.generate([r for r in _requests() if r.expert == "b"], features)
+    assert not any(key.exactness.startswith("a@") for key in engine.prefill.store._entries)
+
+
+CASES = [("sequence", 0, True, 1024, 0), ("completion", 0, True, 5, AMPLE), ("sequence", 2, True, 1024, AMPLE),
+         ("completion", 3, True, 1024, 0), ("sequence", 3, True, 1024, AMPLE), ("sequence", 1, False, 9, 0)]
+"""(scope, first layer, sharing, decode lanes, store); the tiny backbone has four layers."""
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +373,7 @@ def path():
     return tiny_model("qwen3_vl", vocab_size=267)
 
 
-def _loaded_engine(path, groups, scope, first_layer, sharing, decode_lanes):
+def _loaded_engine(path, groups, scope, first_layer, sharing, decode_lanes, store):
     """An engine whose weights, adapters included, do not depend on the layout."""
     backbone = Backbone(read_spec(path), groups,
                         ModelConfig(path=str(path), dtype="float64", prefix_sharing=sharing),
@@ -287,7 +385,7 @@ def _loaded_engine(path, groups, scope, first_layer, sharing, decode_lanes):
                                                 generator=generator_for(1, expert, name, factor)) * 0.2
                 for name in bank.names() for factor in ("lora_A", "lora_B")}
         bank.put(expert, {name: bank.shard(name, value) for name, value in full.items()}, 2.0)
-    return MegatronEngine(backbone, groups, RolloutConfig(decode_lanes=decode_lanes), seed=5)
+    return MegatronEngine(backbone, groups, RolloutConfig(decode_lanes=decode_lanes, prefix_store_bytes=store), seed=5)
 
 
 def _layout_outcomes(path, parallel, cases=CASES):
@@ -297,8 +395,15 @@ def _layout_outcomes(path, parallel, cases=CASES):
     outcomes = []
     for case in cases:
         engine = _loaded_engine(path, groups, *case)
-        completions = engine.generate(_layout_requests(spec), partial(features, spec=spec))
-        outcomes.append((*_outcome(completions), engine.counters))
+        ask = partial(engine.generate, _layout_requests(spec), partial(features, spec=spec))
+        outcome = _outcome(ask())
+        if case[-1]:
+            first = engine.prefill.computed_tokens
+            _same_bits(_outcome(ask()), outcome)
+            assert engine.prefill.computed_tokens == first, "the second time all was found"
+            engine.prefill.store = PrefixStore(1, spec.num_layers)
+            _same_bits(_outcome(ask()), outcome)
+        outcomes.append((*outcome, engine.counters))
     groups.destroy()
     return outcomes
 
@@ -322,7 +427,7 @@ def one_rank_outcomes(path):
 
 
 @pytest.mark.parametrize("parallel,cases", [
-    ({"tp": 2}, 5), ({"pp": 2}, 5), ({"tp": 2, "pp": 2}, 2), ({"cp": 2}, 5), ({"cp": 4}, 1),
+    ({"tp": 2}, 6), ({"pp": 2}, 6), ({"tp": 2, "pp": 2}, 3), ({"cp": 2}, 6), ({"cp": 4}, 1),
     ({"tp": 2, "cp": 2, "sequence_parallel": True}, 2)], ids=str)
 def test_layout_changes_nothing(path, one_rank_outcomes, parallel, cases):
     """Identical tokens on every rank of every layout, and equal log-probs."""
@@ -338,9 +443,12 @@ def test_layout_changes_nothing(path, one_rank_outcomes, parallel, cases):
 def moe_outcomes():
     """(what every rank of a layout answers with MoE layers, what one rank does)."""
     path = tiny_model("qwen3_vl_moe", mlp_only_layers=[3])
+    cases = [(*CASES[1][:-1], 0), CASES[1]]
 
     def of_layout(parallel):
-        return run_ranks(Layout(**parallel).world_size, _layout_outcomes, path, parallel, CASES[1:2])
+        # Beside other context ranks' rows nothing is evaluated twice alike: the configuration refuses a store there.
+        own = cases if parallel.get("cp", 1) == 1 else cases[:1]
+        return run_ranks(Layout(**parallel).world_size, _layout_outcomes, path, parallel, own)
 
     return of_layout, of_layout({})
 
@@ -350,7 +458,8 @@ def moe_outcomes():
     {"tp": 2, "cp": 2, "ep": 2, "etp": 2, "sequence_parallel": True}], ids=str)
 def test_layout_changes_nothing_with_moe_layers(moe_outcomes, parallel):
     """Context ranks take different numbers of turns, and wait for each other in every MoE layer."""
-    of_layout, ((want,),) = moe_outcomes
-    for (got,) in of_layout(parallel):
-        _same(want[:3], got[:3])
-        assert want[3] == got[3]
+    of_layout, (alone,) = moe_outcomes
+    for outcomes in of_layout(parallel):
+        for want, got in zip(alone, outcomes):
+            _same(want[:3], got[:3])
+            assert want[3] == got[3]

@@ -185,7 +185,8 @@ def fake_values(rng: np.random.Generator, experts: list[str], t: float, phase: s
     times = {f"time/{k}_s": v * (1 + abs(rng.normal(0, 0.05))) for k, v in work.items()}
     values |= times | {"time/step_s": sum(times.values()), "tokens/rollout_per_s": 9500 + rng.normal(0, 300),
                        "tokens/update_per_s": 14000 + rng.normal(0, 300), "tokens/step": 18000.0,
-                       "tokens/saved_share": 0.61 + rng.normal(0, 0.01), "memory/peak_bytes": 1.4e9}
+                       "tokens/saved_share": 0.61 + rng.normal(0, 0.01), "prefix/hit_rate": 0.7,
+                       "memory/peak_bytes": 1.4e9}
     return {name: float(value) for name, value in values.items()}
 
 

@@ -63,7 +63,10 @@ class PlainCopd:
             delta = teacher.gather(1, tokens[:, None])[:, 0] - old
         kept = delta.abs() < (opd.delta_guard or float("inf"))
         if opd.signal == "sampled":
-            return kept * self._surrogate(own, old, beta * delta) * self._correction(sample, old)
+            weight = self._correction(sample, old)
+            if sample.completion.expert != sample.expert:
+                weight = self._reuse(sample, old, tokens)
+            return kept * self._surrogate(own, old, beta * delta) * weight
         student = every
         if opd.signal in ("topk", "student_topk"):
             with torch.no_grad():
@@ -114,6 +117,12 @@ class PlainCopd:
         if key not in self._frozen:
             self._frozen[key] = self._logprobs(sample, factors)
         return self._frozen[key]
+
+    def _reuse(self, sample: Sample, old: Tensor, tokens: Tensor) -> Tensor:
+        """Truncated weights of tokens that another expert sampled."""
+        with torch.no_grad():
+            sampler = self._logprobs(sample, self.start[sample.completion.expert]).gather(1, tokens[:, None])[:, 0]
+        return (old - sampler).exp().clamp(max=self.config.opd.importance_cap)
 
     def _logprobs(self, sample: Sample, factors: Factors | None) -> Tensor:
         prompt = sample.completion.prompt

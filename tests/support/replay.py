@@ -100,7 +100,7 @@ def assert_same_step(ranks: Sequence[dict], want: dict) -> None:
     for rank in ranks:
         assert rank["metrics"].keys() == ranks[0]["metrics"].keys()
         for name, value in want["metrics"].items():
-            if not name.startswith(("time/", "tokens/", "memory/")) and "/idle/" not in name:
+            if not name.startswith(("time/", "tokens/", "memory/", "prefix/")) and "/idle/" not in name:
                 assert rank["metrics"][name] == pytest.approx(value, rel=1e-7, abs=1e-9), name
 
 

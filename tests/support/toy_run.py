@@ -70,6 +70,7 @@ def randomise(trainer: Trainer, scale: float = 0.2, alike: bool = False) -> None
             generator = generator_for(7, "all" if alike else expert, name)
             noise = torch.randn(*bank.full_shape(name, bank.config.rank), generator=generator, dtype=torch.float64)
             parameter.copy_(scale * bank.shard(name, noise))
+        bank.changed(expert)
 
 
 def adapters_of(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:

@@ -43,6 +43,9 @@ VARIANTS = {
     "completion, split, full vocabulary": {
         "optimizer": {"microbatch_tokens": 36}, "adapter": COMPLETION, "opd": {"signal": "full"},
         "exchange": {"topology": "hub", "transport": "gather_adapters"}},
+    "completion, split, stored prefixes, native rollouts": {
+        "optimizer": {"microbatch_tokens": 36}, "adapter": COMPLETION, "rollout": {"prefix_store_bytes": 40_000},
+        "opd": {"rollouts": "native", "prompts": "both"}, "exchange": {"topology": "full", "transport": "scatter"}},
     "naive": {
         "model": {"prefix_sharing": False, "attention": "reference"}, "adapter": {"scope": "completion"},
         "exchange": {"topology": "gossip", "transport": "scatter"}},
@@ -56,11 +59,11 @@ VARIANTS = {
         "adapter": COMPLETION | {"targets": ("o_proj", "down_proj")}, "model": {"recompute": "full"},
         "exchange": {"topology": "ring", "transport": "gather_adapters"}},
 }
-S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, NAIVE, FOUR, MOE, MOE_FULL = VARIANTS
+S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, STORED, NAIVE, FOUR, MOE, MOE_FULL = VARIANTS
 
 LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is left
     2: [({"tensor": 2}, C_SPLIT), ({"tensor": 2, "sequence_parallel": True}, S), ({"context": 2}, S),
-        ({"context": 2}, C_FULL), ({"pipeline": 2}, S_FULL), ({}, FOUR),
+        ({"context": 2}, C_FULL), ({"pipeline": 2}, S_FULL), ({}, FOUR), ({"pipeline": 2}, STORED),
         ({"tensor": 2, "sequence_parallel": True, "moe_expert": 2}, MOE), ({"context": 2, "moe_expert": 2}, MOE_FULL),
         ({"pipeline": 2}, MOE), ({"tensor": 2, "sequence_parallel": True, "moe_expert_tensor": 2}, MOE_FULL)],
     3: [({}, C_SPLIT), ({"pipeline": 3}, SELECTIVE)],
@@ -69,7 +72,8 @@ LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is l
         ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, C_FULL),
         ({"tensor": 2, "sequence_parallel": True}, SELECTIVE), ({}, S), ({"pipeline": 2}, C_SPLIT),
         ({"tensor": 2, "context": 2, "sequence_parallel": True, "moe_expert": 2, "moe_expert_tensor": 2}, MOE),
-        ({"pipeline": 2, "context": 2, "moe_expert": 2}, MOE_FULL)],
+        ({"pipeline": 2, "context": 2, "moe_expert": 2}, MOE_FULL),
+        ({"tensor": 2, "sequence_parallel": True}, STORED)],
     6: [({"pipeline": 2}, S_FULL), ({"context": 2}, SELECTIVE), ({"tensor": 2, "sequence_parallel": True}, NAIVE)],
     8: [({"tensor": 2, "pipeline": 2, "context": 2, "sequence_parallel": True}, S_FULL),
         ({"tensor": 2, "pipeline": 2, "context": 2}, C_FULL), ({"context": 8}, S),

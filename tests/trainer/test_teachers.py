@@ -11,6 +11,7 @@ from support.plain_copd import PlainCopd
 from support.plain_model import PlainModel
 from support.tiny_models import tiny_model
 from support.toy_run import randomise, toy_config, toy_trainer
+from support.watched_step import one_step
 
 EXPERTS = ("text", "image")
 MIXED = [["old", "text"], [BACKBONE, "text"], {"teacher": BACKBONE, "student": "image", "prompts": "text"},
@@ -34,28 +35,6 @@ def save_expert(folder, expert: str, experts=EXPERTS) -> dict[str, torch.Tensor]
         factors = {name: p.detach().clone() for name, p in bank.parameters_of(expert).items()}
         save_peft_adapter(folder, Adapter(factors, bank.scaling_of(expert)), TEXT_PREFIX["qwen3"], tiny_model("qwen3"))
     return factors
-
-
-def one_step(config, run_dir):
-    """(metrics, samples, start factors, gradients) of one OPD step of random experts."""
-    with toy_trainer(config, run_dir) as trainer:
-        randomise(trainer)
-        start = {e: {n: p.detach().clone() for n, p in o.parameters.items()}
-                 for e, o in trainer.learner.optimizers.items()}
-        samples, gradients, update = [], {}, trainer.learner.update
-
-        def remember(given, training):
-            samples.extend(given)
-            return update(given, training)
-
-        trainer.learner.update = remember
-        for expert, optimizer in trainer.learner.optimizers.items():
-            def step(expert=expert, optimizer=optimizer, step=optimizer.step):
-                gradients[expert] = {n: p.grad.clone() for n, p in optimizer.parameters.items()}
-                return step()
-
-            optimizer.step = step
-        return trainer.train_step(0, "opd"), samples, start, gradients
 
 
 @pytest.mark.parametrize("signal", ["topk", "full"])
@@ -121,6 +100,20 @@ def test_shares_of_edges_that_ask_the_same_prompts():
     shares = cross_shares(edges, "text", 6, 1.0, EXPERTS)
     assert [(s.domain, s.first, s.count) for s in shares] == [("text", 0, 2), ("text", 2, 2), ("image", 0, 2)]
     assert [(s.first, s.count) for s in cross_shares(edges[:2], "text", 3, 9.0, EXPERTS)] == [(0, 3), (3, 3)]
+
+
+def test_shares_of_the_students_own_prompts_and_of_both():
+    edges = [Edge("image", "text"), Edge("video", "text"), Edge("old", "text"), Edge("video", "text", prompts="image")]
+
+    def shares(whose, *some, native=10, ratio=1.0):
+        return [(s.domain, s.first, s.count, list(s.slots)) for s in cross_shares(some, "text", native, ratio,
+                                                                                 ("text", "image", "video"), whose)]
+
+    assert shares("student", *edges[:2]) == [("text", 0, 5, [0, 1, 2, 3, 4]), ("text", 5, 5, [0, 1, 2, 3, 4])]
+    assert shares("both", *edges[:2]) == [("image", 0, 3, [0, 1, 2]), ("text", 0, 2, [3, 4]),
+                                          ("video", 0, 3, [0, 1, 2]), ("text", 2, 2, [3, 4])]
+    assert shares("both", *edges[2:], native=4) == [("text", 0, 2, [0, 1]), ("image", 0, 2, [0, 1])]
+    assert shares("both", edges[0], ratio=0.1) == [("image", 0, 1, [0]), ("text", 0, 0, [])]
 
 
 def test_a_folder_that_is_no_adapter_is_refused_before_weights_are_read(tmp_path):

@@ -25,7 +25,8 @@ ADAPTIVE = {"exchange": {"topology": "adaptive(1)"},
             "schedule": {"kind": "adaptive", "rl_steps": 2, "opd_steps": 3, "rl_steps_of": {"video": 1},
                          "enter_overlap": 0.95, "leave_overlap": 0.98, "rl_length": [1, 2], "opd_length": [1, 2]}}
 CASES = {
-    "expander, weighted co-hosting": (3, 5, True, {"exchange": {"topology": "expander(2)"}}),
+    "expander, weighted co-hosting": (3, 5, True, {
+        "exchange": {"topology": "expander(2)"}, "opd": {"prompts": "both"}}),
     "gossip, weighted blocks, an uneven number": (4, 3, True, {
         "exchange": {"topology": "gossip"}, "schedule": {"rl_steps": 0, "opd_steps": 1}}),
     "frozen teachers": (3, 2, True, {
