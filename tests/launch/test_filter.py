@@ -2,13 +2,16 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import pytest
+import torch.distributed as dist
 from megatron.core import parallel_state
 
 from copd_megatron.launch import cli
 from copd_megatron.launch import filter as command
+from support.ranks import run_ranks
 from support.tiny_models import tiny_model
 
 RECIPE = """
@@ -94,6 +97,24 @@ def test_it_drops_what_teaches_nothing_and_resumes(files, capsys, caplog, monkey
     never, always = (sum(rate == end for rate in measured.values()) for end in (0, 1))
     assert f"{never} never solved, {always} always" in printed and "longer than 60 tokens" in printed
     assert len(kept) + never + always == 30
+
+
+def test_replicas_measure_the_same(files):
+    recipe, _, out = files
+
+    def rates_on(ranks, target):
+        def work():
+            os.environ["RANK"] = str(dist.get_rank())
+            command.leave = lambda: None  # the harness parts from the ranks itself
+            return run(recipe, target, "-n", "4", "--set", "model.dtype=float64")
+
+        assert run_ranks(ranks, work) == [0] * ranks
+        lines = target.with_name(target.name + ".pass_rates.jsonl").read_text().splitlines()
+        return {row["row"]: row["pass_rate"] for row in map(json.loads, lines[1:])}
+
+    one = rates_on(1, out)
+    assert one == rates_on(2, out.with_name("two.jsonl")) and len(one) > 10
+    assert out.read_text() == out.with_name("two.jsonl").read_text()
 
 
 def test_questions_of_no_file_cannot_be_filtered(files, capsys):

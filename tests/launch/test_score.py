@@ -90,12 +90,12 @@ def score(model: Path, source: Path, target: Path, *options: str) -> int:
                      *options])
 
 
-def on_ranks(count: int, *arguments) -> None:
+def on_ranks(count: int, *arguments, command=score) -> None:
     """The command on forked ranks, as those that it starts itself."""
     def run():
         os.environ["RANK"] = str(dist.get_rank())
         score_module.leave = lambda: None  # the harness parts from the ranks itself
-        assert score(*arguments) == 0
+        assert command(*arguments) == 0
 
     run_ranks(count, run)
 
@@ -170,6 +170,27 @@ def test_scores_equal_transformers_on_every_layout_with_and_without_sharing(fami
             else:
                 on_ranks(tp * pp, path, source, target, *given)
             assert_equal(read(target), want)
+
+
+def test_replicas_share_the_rows_and_layouts_draw_the_same(tmp_path, monkeypatch):
+    path, rows = tiny_model("qwen3"), [*rows_of("qwen3"), {"prompt": 3}]
+    source = write(tmp_path / "in.jsonl", rows)
+    monkeypatch.setattr(row_files, "WINDOW_ROWS", 3)
+    assert score(path, source, tmp_path / "one.jsonl", "--top-k", "2") == 0
+    on_ranks(2, path, source, tmp_path / "two.jsonl", "--top-k", "2", "--replicas", "2")
+    *one, _ = read(tmp_path / "one.jsonl")
+    *two, wrong = read(tmp_path / "two.jsonl")
+    assert_equal(two, one, 1e-5)
+    assert "error" in wrong
+
+    drawing = ("-n", "2", "--max-tokens", "3", "--dtype", "float64")
+    one = generate(path, source, tmp_path / "drawn.jsonl", *drawing)
+    for layout in (("--replicas", "2"), ("--tp", "2"), ("--pp", "2")):
+        target = tmp_path / f"drawn{layout[0]}.jsonl"
+        on_ranks(2, path, source, target, *drawing, *layout, command=lambda *arguments: 0 * len(generate(*arguments)))
+        for ours, theirs in zip(read(target), one, strict=True):
+            assert [c["token_ids"] for c in ours.get("completions", ())] == [
+                c["token_ids"] for c in theirs.get("completions", ())]
 
 
 WRONG = [
