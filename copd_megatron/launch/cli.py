@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands = importlib.import_module(f"copd_megatron.launch.{module or 'commands'}")
         return getattr(commands, function)(options)
     except KeyboardInterrupt:
-        return 130
+        return environment.INTERRUPTED
     except BrokenPipeError:  # the reader, e.g. `copd config | head`, has seen enough
         sys.stderr.close()
         return 0

@@ -262,6 +262,7 @@ def prepare() -> None:
     from copd_megatron.optional import refuse_harmful_parts
 
     refuse_harmful_parts(torch.cuda.is_available())
+    import copd_megatron.platform  # noqa: F401  (it silences Megatron's notices)
 
 
 def leave() -> None:

@@ -12,6 +12,9 @@ DEFAULTS = {
 }
 """Set where the user has not set them; each must be in place before the library that reads it is imported."""
 
+INTERRUPTED = 130
+"""Exit code of a command that was interrupted, or asked to stop and can be resumed."""
+
 
 def set_defaults() -> None:
     """Put `DEFAULTS` into the environment; what the user set stays."""

@@ -17,7 +17,6 @@ from typing import Any
 
 from copd_megatron.launch import environment, local
 from copd_megatron.launch.commands import configured, leave, prepare
-from copd_megatron.launch.score import INTERRUPTED
 from copd_megatron.metrics.row_progress import RowProgress
 from copd_megatron.types import UserError
 
@@ -113,7 +112,7 @@ def filter(options: argparse.Namespace) -> int:
             print(f"filter: stopped after {len(rates.known())} questions; the same command goes on from there",
                   file=sys.stderr)
     leave()
-    return 0 if measured.done else INTERRUPTED
+    return 0 if measured.done else environment.INTERRUPTED
 
 
 def _rates_path(out: Path) -> Path:

@@ -16,7 +16,7 @@ from types import FrameType
 from copd_megatron.launch import environment
 
 GRACE_S = 5.0
-"""Ranks that outlive the first have so long to end by themselves, then to end when asked, before they are killed."""
+"""Ranks that outlive the first have so long to end when they are asked, before they are killed."""
 POLL_S = 0.05
 
 
@@ -41,12 +41,16 @@ def run_ranks(count: int, arguments: Sequence[str]) -> int:
                 rank.send_signal(number)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    patience_s = 0.0
     try:
-        return _wait(ranks)
+        code = _wait(ranks)
+        # Ranks that were asked to stop end by themselves; what one rank failed at, the others repeat or wait for.
+        patience_s = GRACE_S if code == environment.INTERRUPTED else 0.0
+        return code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _end(ranks)
+        _end(ranks, patience_s)
 
 
 def _wait(ranks: Sequence[subprocess.Popen]) -> int:
@@ -61,10 +65,10 @@ def _wait(ranks: Sequence[subprocess.Popen]) -> int:
         time.sleep(POLL_S)
 
 
-def _end(ranks: Sequence[subprocess.Popen]) -> None:
-    """End the ranks that still run: they may be about to, or wait for one that is gone."""
-    for ask in (subprocess.Popen.terminate, subprocess.Popen.kill):
-        deadline = time.monotonic() + GRACE_S
+def _end(ranks: Sequence[subprocess.Popen], patience_s: float) -> None:
+    """End the ranks that still run."""
+    for wait_s, ask in ((patience_s, subprocess.Popen.terminate), (GRACE_S, subprocess.Popen.kill)):
+        deadline = time.monotonic() + wait_s
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
             time.sleep(POLL_S)
         for rank in ranks:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from copd_megatron.trainer.row_prompts import RowPrompts
     from copd_megatron.trainer.single_policy import SinglePolicy
 
-INTERRUPTED = 130
-"""Exit code of a command that was asked to stop and can be resumed."""
 OF_ANSWERS = ("dtype", "template_args", "fps", "max_frames", "image_pixels", "video_pixels")
 """Options that answers depend on, whatever the command."""
 OF_SAMPLING = ("n", "temperature", "top_p", "greedy", "max_tokens", "seed", "ignore_stop", "max_prompt_tokens")
@@ -109,7 +107,7 @@ def _run(what: str, options: argparse.Namespace, names: tuple[str, ...],
         _end(what, files, done)
     policy.groups.destroy()
     leave()
-    return 0 if done else INTERRUPTED
+    return 0 if done else environment.INTERRUPTED
 
 
 def _end(what: str, files: Any, done: bool) -> None:
