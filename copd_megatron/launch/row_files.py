@@ -58,7 +58,7 @@ class JsonlFiles:
         if overwrite:
             self.state_file.unlink(missing_ok=True)
         self._resume()
-        self._output = self.partial.open("ab")
+        self._output: BinaryIO | None = None  # opened with the first answers: a mistake found before leaves nothing
         self.progress = RowProgress(what, self._read / self._size)
 
     def next_window(self) -> list[InputRow]:
@@ -85,6 +85,7 @@ class JsonlFiles:
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
         text = lines.encode("utf-8", "backslashreplace")  # lone surrogates, which JSON can escape
         try:
+            self._output = self._output or self.partial.open("ab")
             self._output.write(text)
             self._output.flush()
             os.fsync(self._output.fileno())
@@ -109,8 +110,9 @@ class JsonlFiles:
     def close(self) -> None:
         """Leave the partial output for the next start."""
         self.progress.close()
-        self._output.close()
         self._input.close()
+        if self._output:
+            self._output.close()
 
     def _resume(self) -> None:
         """Go to where the state says, or begin anew without one."""

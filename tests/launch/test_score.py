@@ -236,7 +236,7 @@ def test_mistakes_are_one_clear_error(options, message, tmp_path, capsys, monkey
     given[options[0]] = options[1]
     assert cli.main(["score", *(word for pair in given.items() for word in pair)]) == 2
     assert message in capsys.readouterr().err
-    assert not (tmp_path / "out.jsonl").exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*files, "in.jsonl"])
     parallel_state.destroy_model_parallel()
 
 
