@@ -22,7 +22,8 @@ def study():
 def test_gap_is_read_where_phases_meet_and_apart_for_hub_and_spokes(study, tmp_path):
     def row(phase, with_hub, between_spokes):
         return {"phase": phase, "pair/adding/x": 9, "pair/add~sort/overlap": with_hub, "pair/add~cmp/overlap": with_hub,
-                "pair/cmp~sort/overlap": between_spokes, "pair/add~sort/symmetric_kl": 1 - with_hub}
+                "pair/cmp~sort/overlap": between_spokes, "pair/add~sort/symmetric_kl": 1 - with_hub,
+                "pair/cmp~sort/symmetric_kl": 1 - between_spokes}
 
     rows = [row("rlvr", .9, .9), row("rlvr", .6, .5), row("opd", .7, .5), row("opd", .8, .4),
             row("rlvr", .4, .3), row("opd", .6, .2)]
