@@ -7,6 +7,7 @@ family's name.
 """
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,9 +137,10 @@ class BackboneSpec:
         there = [t for t in adapter.targets if any(self.has_linear(i, t) for i in range(first, self.num_layers))]
         if len(there) < len(adapter.targets):
             lost = [t for t in adapter.targets if t not in there]
+            instead = json.dumps(there or ["q_proj", "k_proj", "v_proj", "o_proj"])
             raise UserError(f"adapter.targets: {', '.join(lost)}; from adapter.first_layer={first} on all MLPs of the "
                             "backbone are Mixtures of Experts, whose moe_experts stay frozen; allowed are linears of "
-                            f"attention; set adapter.targets={','.join(there) or 'q_proj,k_proj,v_proj,o_proj'}")
+                            f"attention; set adapter.targets={instead}")
 
     def check_layout(self, layout: Layout) -> None:
         """Raise UserError unless the backbone can be cut this way: heads, feed-forwards, layers, MoE experts."""

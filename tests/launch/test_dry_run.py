@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3MoeConfig
 
 from copd_megatron.config.loading import apply_overrides, load_recipe
 from copd_megatron.launch import cli
@@ -11,6 +12,8 @@ from copd_megatron.launch.dry_run import built_ranks, missing_inputs
 from copd_megatron.launch.plan import job_of, layout_of, make_plan
 from copd_megatron.model.hf_config import read_spec
 from copd_megatron.simulate.hardware import load_hardware
+from copd_megatron.simulate.memory import MOE_EXPERTS
+from copd_megatron.types import UserError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LADDER = [("qwen3_text_experts.py", "qwen3-0.6b", 1, 256), ("qwen3_text_experts.py", "qwen3-1.7b", 1, 256),
@@ -52,6 +55,22 @@ def test_stages_and_shards_of_a_layout(tmp_path):
     assert first["embedding.weight"] == (75968, 1024) and "final_norm.weight" not in first
     assert first["layers.0.mlp.linear_fc1.weight"] == (3072, 1024), "gate and up, half of each"
     assert last["output_weight"] == (75968, 1024), "a tied head is a copy of its own on another stage"
+
+
+def test_moe_experts_are_shared_out(tmp_path):
+    """Sizes of Qwen3-30B-A3B, 4 of its 48 layers."""
+    Qwen3MoeConfig(num_hidden_layers=4, head_dim=128).save_pretrained(tmp_path)
+    config = configured("qwen3_text_experts.py", "", f"model.path={tmp_path}", "parallel.context=4",
+                        "parallel.moe_expert=4", 'adapter.targets=["q_proj", "k_proj", "v_proj", "o_proj"]')
+    layout, placement = layout_of(config, 4)
+    [built] = built_ranks(config, read_spec(tmp_path), layout, placement)
+    assert "layers.3.mlp.experts.local_experts.31.linear_fc2.weight" in built.shapes
+    plan = make_plan(job_of(config, 256), layout, placement, load_hardware("h100"), "auto")
+    assert plan.kinds[0].memory.always[MOE_EXPERTS] == 2 * 4 * 32 * 3 * 2048 * 768
+    parts = ("embedding", "layers", MOE_EXPERTS, "head")
+    assert built.backbone_bytes == sum(plan.kinds[0].memory.always[part] for part in parts)
+    with pytest.raises(UserError, match="^adapter.targets: gate_proj, up_proj, down_proj; .*Mixtures of Experts"):
+        job_of(configured("qwen3_text_experts.py", "", f"model.path={tmp_path}"), 256)
 
 
 def test_what_is_missing_is_listed(capsys):
