@@ -7,7 +7,8 @@ nothing but the order of sums. Rows travel to the ranks that hold their MoE expe
 EP; Lepikhin et al. 2020, arXiv:2006.16668), and are gathered where an expert is cut (its tensor parallelism, ETP).
 
 EP and ETP span the TP and CP ranks of a replica, each with rows of its own. So every one of these ranks must call every
-MoE layer as often as the others, with rows or without (``join``), and its backward likewise.
+MoE layer as often as the others, with rows or without (``join``), and its backward likewise: the attention before it
+sees to it that rows need a gradient on all of these ranks or on none.
 """
 from __future__ import annotations
 
@@ -180,9 +181,6 @@ class FrozenMoE(MoELayer):
         return out[:rows], None
 
     def _routed(self, hidden: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not hidden.requires_grad and self.token_dispatcher.tp_ep_group.size() > 1:
-            # No row of this rank is adapted yet. Others' are, and their backward needs this rank's part.
-            hidden = hidden.detach().requires_grad_()
         out = super().forward(hidden)[0]
         # Megatron's dispatcher would keep them, and through them the graph of this call, until the next.
         dispatcher = self.token_dispatcher
