@@ -12,13 +12,14 @@ from copd_megatron.config.run import RunConfig
 def recipe() -> RunConfig:
     """CoPD with adding as the hub; bfloat16."""
     return RunConfig(
-        model={"path": "../backbones/smollm2-135m-instruct", "dtype": "bfloat16"},
+        model={"path": "../backbones/smollm2-135m-instruct", "dtype": "bfloat16",
+               "head_chunk_tokens": 512},
         experts={task.domain: {"task": task, "task_args": {"levels": [level], "held_out_size": 384},
                                "rewards": {"accuracy": {}}}
                  for task, level in ((Addition, 1), (Reversing, 2), (Comparing, 2))},
         # A small model wants larger steps than the defaults, which are for billions of parameters.
         adapter={"rank": 16, "alpha": 32.0},
-        optimizer={"lr": 7e-4, "warmup_steps": 3, "betas": (0.9, 0.95)},
+        optimizer={"lr": 7e-4, "warmup_steps": 3, "betas": (0.9, 0.95), "microbatch_tokens": 2048},
         rollout={"prompts_per_step": 16, "group_size": 8, "max_completion_tokens": 12},
         schedule={"cycles": 8, "rl_steps": 3, "opd_steps": 2},
         exchange={"topology": "hub", "hub": "addition"},

@@ -8,7 +8,7 @@ from support.smollm2 import smollm2
 RECIPE = Path(__file__).resolve().parents[2] / "examples" / "smollm2_three_skills.py"
 SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=2", "rollout.max_completion_tokens=6", "schedule.cycles=1",
          "schedule.rl_steps=1", "schedule.opd_steps=1", "evaluation.final_prompts=4", "metrics.progress=off",
-         "metrics.tensorboard=false", "metrics.overlap_tokens=8"]
+         "metrics.tensorboard=false", "metrics.overlap_tokens=8", "evaluation.keep_best=false"]
 
 
 def test_one_step_of_each_phase_with_the_full_topology(tmp_path):
