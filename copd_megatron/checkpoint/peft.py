@@ -59,7 +59,9 @@ def full_factors(bank: AdapterBank, policy: str) -> dict[str, Tensor]:
         own[name] = data.to("cpu", copy=True)  # the policy trains on
     if groups.coords.tp > 0:
         return {}
-    return {name: factor for stage in all_gather_objects(own, groups.pp) for name, factor in stage.items()}
+    found = {name: factor for stage in all_gather_objects(own, groups.pp) for name, factor in stage.items()}
+    # A stage with several chunks has layers below and above those of the others.
+    return dict(sorted(found.items(), key=lambda item: int(_FACTOR.fullmatch(item[0])[1])))
 
 
 def save_peft_adapter(folder: Path, adapter: Adapter, prefix: str, backbone: Path) -> None:

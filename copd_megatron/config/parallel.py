@@ -14,8 +14,9 @@ class ParallelConfig(Section):
     pipeline: int = Field(1, ge=1)
     """Pipeline-parallel size (PP): stages of neighbouring layers, one-forward-one-backward."""
     virtual_pipeline: int = Field(1, ge=1)
-    """Stretches of layers on each pipeline stage (interleaved stages); only 1 is offered, docs/architecture.md says
-    why."""
+    """Chunks of layers on each pipeline stage (interleaved 1F1B, Narayanan et al. 2021, arXiv:2104.04473): bubbles so
+    many times smaller, as many times more hops from stage to stage, in decoding too. Above 1 it needs pipeline of 3
+    or more, and microbatches are filled up to a multiple of pipeline."""
     context: int = Field(1, ge=1)
     """Context-parallel size (CP): the rows of every microbatch are split over so many ranks, which gather keys and
     values. Rollout splits prompts over them instead."""

@@ -77,10 +77,6 @@ class RunConfig(Section):
     def _training_rules(self) -> Iterator[tuple[bool, str]]:
         """(broken?, what to say) of sampling, losses, schedule and evaluation."""
         rollout, rlvr, schedule = self.rollout, self.rlvr, self.schedule
-        yield self.parallel.virtual_pipeline > 1, (
-            f"parallel.virtual_pipeline: {self.parallel.virtual_pipeline}; allowed is 1: interleaved stages need "
-            "at least as many microbatches in every pass as there are stages, and a pass has as many as its tokens "
-            "fill; remove it, and lower optimizer.microbatch_tokens where pipeline stages wait for each other")
         yield rollout.top_p != 1.0, (
             f"rollout.top_p: {rollout.top_p}; training requires 1.0, as log-probs must be those of the distribution "
             "sampled from; remove it")

@@ -19,6 +19,7 @@ from copd_megatron.config.run import RunConfig
 from copd_megatron.exchange.topology import edges
 from copd_megatron.launch.table import format_table
 from copd_megatron.metrics.sinks import replace_file
+from copd_megatron.model.backbone import layer_chunks
 from copd_megatron.model.hf_config import read_spec
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
@@ -118,10 +119,21 @@ def plan_text(plan: Plan) -> str:
         f"{layout.world_size} ranks of {plan.hardware.name}: TP {layout.tp} x PP {layout.pp} x CP {layout.cp} x "
         f"{layout.replicas} replicas" + (f" (MoE experts: EP {layout.ep} x ETP {layout.etp})" if job.spec.moe else "")
         + f"; {len(job.experts)} experts, {len(job.edges)} edges",
+        *_stages_text(job, layout),
         f"prompt tokens: {prompts}; completion tokens: {job.completion_tokens}", "",
         _memory_text(plan), "", _traffic_text(plan), "", _time_text(plan), "", "assumptions",
         *(f"  {line}" for line in assumptions(plan.hardware, job.model.dtype))]
     return "\n".join(parts)
+
+
+def _stages_text(job: Job, layout: Layout) -> list[str]:
+    """Which layers each pipeline stage has."""
+    if layout.pp == 1:
+        return []
+    chunks = layer_chunks(job.spec.num_layers, layout.pp * layout.vp)
+    stages = [" and ".join(f"{own.start}-{own.stop - 1}" for own in chunks[stage::layout.pp])
+              for stage in range(layout.pp)]
+    return ["layers by stage: " + "; ".join(stages)]
 
 
 def _memory_text(plan: Plan) -> str:

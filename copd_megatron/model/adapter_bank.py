@@ -118,7 +118,7 @@ class AdapterBank(nn.Module):
     Policies are called slots by their name: the experts, frozen teachers, and "merged".
     """
 
-    def __init__(self, spec: BackboneSpec, config: AdapterConfig, groups: Groups, layers: range,
+    def __init__(self, spec: BackboneSpec, config: AdapterConfig, groups: Groups, layers: Sequence[int],
                  dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.spec, self.config, self.groups = spec, config, groups

@@ -1,8 +1,9 @@
 """The frozen backbone on this rank's shards: Megatron's parts, our walk through the layers.
 
-A pipeline stage holds the layers ``layer_range``. The stream of a pack enters as embeddings (first
-stage) or as the previous stage's output, changes from the lower to the upper level at
-``first_layer`` (rows fan out to the lanes), and leaves as a pipeline tensor or, on the last stage,
+A pipeline stage holds the layers ``layer_range``: one chunk of neighbours, or several that the stream reaches round
+after round (``parallel.virtual_pipeline``). The stream of a pack enters as embeddings (first
+chunk) or as the previous chunk's output, changes from the lower to the upper level at
+``first_layer`` (rows fan out to the lanes), and leaves as a pipeline tensor or, after the last layer,
 as the final-normed hidden states that predict completion tokens.
 
 Nothing below ``first_layer`` is differentiated, and trunks that no adapter touches are not either.
@@ -47,11 +48,19 @@ Visual = tuple[Tensor, Sequence[Tensor]]
 """Merged features [n, H] of all the pack's prompts in order, and the deepstack features per layer."""
 
 
-def stage_layers(num_layers: int, pp: int, stage: int) -> range:
-    """Global layers of a pipeline stage: contiguous, as even as possible, the longer ones first."""
-    base, extra = divmod(num_layers, pp)
-    start = stage * base + min(stage, extra)
-    return range(start, start + base + (stage < extra))
+def layer_chunks(num_layers: int, chunks: int) -> list[range]:
+    """Global layers of each chunk of the backbone: contiguous, as even as possible, the longer ones first.
+
+    Chunk c is on pipeline stage c % PP, as Megatron's interleaved schedule lays them out.
+    """
+    base, extra = divmod(num_layers, chunks)
+    starts = [chunk * base + min(chunk, extra) for chunk in range(chunks + 1)]
+    return [range(start, end) for start, end in zip(starts, starts[1:])]
+
+
+def stage_layers(num_layers: int, pp: int, stage: int, vp: int = 1) -> list[int]:
+    """Global layers of a pipeline stage with ``vp`` chunks, lowest first."""
+    return [layer for chunk in layer_chunks(num_layers, pp * vp)[stage::pp] for layer in chunk]
 
 
 class Backbone(nn.Module):
@@ -81,7 +90,9 @@ class Backbone(nn.Module):
             self.kernels = resolve(model.kernels, device(), self.dtype)
         except ValueError as error:
             raise UserError(f"model.kernels: {error}") from None
-        self.layer_range = stage_layers(spec.num_layers, groups.layout.pp, groups.coords.pp)
+        pp, vp = groups.layout.pp, groups.layout.vp
+        self.chunks = layer_chunks(spec.num_layers, pp * vp)[groups.coords.pp::pp]
+        self.layer_range = stage_layers(spec.num_layers, pp, groups.coords.pp, vp)
         self.share = _row_share(groups)
         self.checked = checked and groups.layout.tp > 1
         adapter_dtype = torch.promote_types(self.dtype, torch.float32)
@@ -132,12 +143,12 @@ class Backbone(nn.Module):
 
         Args:
             pack: see ``shared_prefix.build_pack``; built with this backbone's ``share``, or whole on each rank.
-            visual: features of the pack's prompts; needed on the first stage and on stages that hold
-                deepstack layers, if the pack has visual tokens.
+            visual: features of the pack's prompts; needed for layer 0 and for deepstack layers, if the pack has
+                visual tokens.
             capture: receives 1-based layer -> (K, V) of the whole stream (prefill of decoding).
             outside: 1-based layer -> (K, V) of each of ``pack.outside``, which hold no gradient.
             layers: evaluate no others (global numbers); unless they begin with 0, what enters them must have been
-                given to ``set_input_tensor``. None: all.
+                given to ``set_input_tensor``. With several chunks one of them, or a part of it. None: all.
 
         Returns:
             Last stage: [N, H], final-normed states that predict the completion tokens, all of them on every rank,
@@ -145,7 +156,7 @@ class Backbone(nn.Module):
             this rank's rows.
         """
         chosen = range(self.spec.num_layers) if layers is None else layers
-        hidden = self._enter(pack, visual, chosen.start > 0)
+        hidden = self._enter(pack, visual, max(chosen.start, self.layer_range[0]))
         entered = self._input
         level = None
         for layer, index in zip(self.layers, self.layer_range):
@@ -173,23 +184,26 @@ class Backbone(nn.Module):
         self._check([scored], "the final norm")
         return _anchor(scored, entered) if torch.is_grad_enabled() else scored
 
-    def forward_step(self, token_ids: Tensor, position_ids: Tensor, attention, routing) -> Tensor:
-        """One decode step of rows [L] (one level throughout): [L, 1, H], final-normed on the last stage.
+    def forward_step(self, token_ids: Tensor, position_ids: Tensor, attention, routing, layers: range) -> Tensor:
+        """One decode step of rows [L] (one level throughout): [L, 1, H], final-normed after the last layer.
 
         Args:
             token_ids: [L]. position_ids: [3, L].
             attention: an object with ``attend(layer, q, k, v)``, see ``attention``.
             routing: (expert, rows) of the adapted rows, applied from ``first_layer`` on.
+            layers: one of ``chunks``.
         """
-        hidden = self._embed(token_ids) if self.groups.is_first_stage else self._input
+        hidden = self._embed(token_ids) if layers.start == 0 else self._input
         self._input = None
         angles = rotary_frequencies(self.spec, position_ids)
         for layer, index in zip(self.layers, self.layer_range):
+            if index not in layers:
+                continue
             self.bank.routing.set(routing)
             hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles,
                               packed_seq_params=attention)
             self._check([hidden], f"decoding, layer {index}")
-        return self.final_norm(hidden) if self.groups.is_last_stage else hidden
+        return self.final_norm(hidden) if layers.stop == self.spec.num_layers else hidden
 
     def _check(self, hidden: list[Tensor], where: str) -> None:
         """Raise AssertionError unless all tensor-parallel ranks hold the same bits; nothing unless ``checked``."""
@@ -220,18 +234,15 @@ class Backbone(nn.Module):
                 rows = gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=group)
         return rows
 
-    def _enter(self, pack: Pack, visual: Visual | None, midway: bool) -> list[Tensor]:
-        if midway or not self.groups.is_first_stage:
-            return [self._input.detach() if self._frozen_entry(pack) else self._input]
+    def _enter(self, pack: Pack, visual: Visual | None, first: int) -> list[Tensor]:
+        """What enters layer ``first``."""
+        if first > 0:  # below the first adapted layer nothing is differentiated
+            return [self._input.detach() if first <= pack.first_layer else self._input]
         level = pack.level(0)
         hidden = self._embed(level.token_ids, shared=pack.share.sequence > 1)
         if level.visual_index.numel():
             hidden[level.visual_index, 0] = visual[0].index_select(0, level.visual_source).to(hidden.dtype)
         return [hidden]
-
-    def _frozen_entry(self, pack: Pack) -> bool:
-        """Whether what enters this stage needs no gradient."""
-        return self.layer_range.start <= pack.first_layer
 
     def _layer(self, layer: nn.Module, level: Level, angles: Tensor, hidden: list[Tensor],
                capture: dict[int, KV] | None, trunk_kv: dict[int, KV] | None) -> list[Tensor]:

@@ -96,6 +96,7 @@ def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -
         params_dtype=dtype, pipeline_dtype=dtype, bf16=dtype == torch.bfloat16,
         # Context parallelism stays out of it: its layers see this rank's rows, and attention is ours.
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vp if layout.vp > 1 else None,
         sequence_parallel=layout.sequence_parallel,
         # Microbatches have different lengths; Megatron wants this dispatcher then, for dense models too.
         variable_seq_lengths=True, moe_token_dispatcher_type="alltoall",

@@ -144,7 +144,7 @@ class BackboneSpec:
 
     def check_layout(self, layout: Layout) -> None:
         """Raise UserError unless the backbone can be cut this way: heads, feed-forwards, layers, MoE experts."""
-        self.check_parallel(layout.tp, layout.pp)
+        self.check_parallel(layout.tp, layout.pp, layout.vp)
         self._check_moe(layout)
 
     def _check_moe(self, layout: Layout) -> None:
@@ -164,9 +164,9 @@ class BackboneSpec:
             raise UserError(f"parallel.sequence_parallel: false with parallel.tensor={layout.tp} and a backbone with "
                             "MoE layers, which route every row once; it must be true; set it, or parallel.tensor=1")
 
-    def check_parallel(self, tp: int, pp: int) -> None:
+    def check_parallel(self, tp: int, pp: int, vp: int = 1) -> None:
         """Raise UserError unless ``tp`` divides query heads and the feed-forward of dense layers, fits the key/value
-        heads (divides them or is a multiple), and ``pp`` leaves no stage empty."""
+        heads (divides them or is a multiple), and ``pp`` with ``vp`` leaves no stage and no chunk of layers empty."""
         dense = self.moe is None or len(self.moe.layers) < self.num_layers
         for what, left in (
             (f"{self.num_heads} query heads", self.num_heads % tp),
@@ -183,3 +183,7 @@ class BackboneSpec:
             raise UserError(
                 f"parallel.pipeline: {pp} stages for the backbone's {self.num_layers} layers; allowed is "
                 f"1 to {self.num_layers}; use fewer stages")
+        if pp * vp > self.num_layers:
+            raise UserError(
+                f"parallel.virtual_pipeline: {vp} chunks of layers on each of {pp} stages for the backbone's "
+                f"{self.num_layers} layers; allowed is 1 to {self.num_layers // pp}; use fewer, or fewer stages")

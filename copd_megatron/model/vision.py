@@ -32,10 +32,10 @@ BATCH_PATCHES = 512
 """Patches in one call of the tower, where batches are used: 14 pictures of 48 x 48 with patches of 8."""
 
 
-def stage_needs_features(spec: BackboneSpec, layers: range) -> bool:
-    """Whether a pipeline stage with these (global) layers reads visual features: the first one puts them into
-    the embeddings, the ones that hold deepstack layers add them to hidden states."""
-    return spec.is_visual and layers.start < max(1, spec.deepstack_layers)
+def stage_needs_features(spec: BackboneSpec, layers: Sequence[int]) -> bool:
+    """Whether a pipeline stage, or a chunk of it, with these (global) layers, lowest first, reads visual features: the
+    first one puts them into the embeddings, the ones that hold deepstack layers add them to hidden states."""
+    return spec.is_visual and layers[0] < max(1, spec.deepstack_layers)
 
 
 class VisionTower:

@@ -38,7 +38,8 @@ class Layout:
     1 where the backbone has no MoE layers.
 
     Raises:
-        UserError: a size below 1, ETP x EP that is neither 1 nor TP x CP, or sequence parallelism without TP.
+        UserError: a size below 1, ETP x EP that is neither 1 nor TP x CP, sequence parallelism without TP, or VP
+            without 3 stages.
     """
 
     tp: int = 1
@@ -47,12 +48,15 @@ class Layout:
     cp: int = 1
     ep: int = 1
     etp: int = 1
+    vp: int = 1
+    """Chunks of layers on each pipeline stage; chunk c of PP x VP is on stage c % PP."""
     sequence_parallel: bool = False
     """Between the linears of a layer the TP ranks hold a share of the rows each, not all of them."""
 
     def __post_init__(self) -> None:
         for field, size in (("tensor", self.tp), ("pipeline", self.pp), ("replicas", self.replicas),
-                            ("context", self.cp), ("moe_expert", self.ep), ("moe_expert_tensor", self.etp)):
+                            ("context", self.cp), ("moe_expert", self.ep), ("moe_expert_tensor", self.etp),
+                            ("virtual_pipeline", self.vp)):
             if size < 1:
                 raise UserError(f"parallel.{field}: {size}; sizes are 1 or more; leave it out for 1")
         if self.ep * self.etp not in (1, self.tp * self.cp):
@@ -60,19 +64,23 @@ class Layout:
                 f"parallel.moe_expert, parallel.moe_expert_tensor: {self.ep} x {self.etp} = {self.ep * self.etp}; "
                 f"MoE experts are cut over the {self.tp * self.cp} ranks of parallel.tensor x parallel.context, so "
                 f"the product must be {self.tp * self.cp} (or 1 without MoE layers); change one of the four")
+        if self.vp > 1 and self.pp < 3:
+            raise UserError(f"parallel.virtual_pipeline: {self.vp} with parallel.pipeline={self.pp}; it needs 3 or "
+                            "more stages, as with 2 both neighbours of a stage are one rank, whose messages Megatron's "
+                            "interleaved schedule confuses; raise parallel.pipeline or set it to 1")
         if self.sequence_parallel and self.tp == 1:
             raise UserError("parallel.sequence_parallel: true with parallel.tensor 1; it splits rows over 2 or more "
                             "tensor-parallel ranks; raise parallel.tensor or set it to false")
 
     @classmethod
     def fit(cls, world_size: int, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, etp: int = 1,
-            sequence_parallel: bool = False) -> Layout:
+            sequence_parallel: bool = False, vp: int = 1) -> Layout:
         """The layout of ``world_size`` ranks: what TP, PP and CP leave over becomes replicas.
 
         Raises:
             UserError: ``tp * pp * cp`` does not divide the world size.
         """
-        one = cls(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, sequence_parallel=sequence_parallel)
+        one = cls(tp=tp, pp=pp, cp=cp, ep=ep, etp=etp, vp=vp, sequence_parallel=sequence_parallel)
         per_replica = one.ranks_per_replica
         if world_size % per_replica:
             raise UserError(f"parallel.tensor, parallel.pipeline, parallel.context: {tp} x {pp} x {cp} = {per_replica} "
@@ -84,7 +92,7 @@ class Layout:
     def of(cls, config: ParallelConfig, world_size: int) -> Layout:
         """The layout that a config asks for, see ``fit``."""
         return cls.fit(world_size, config.tensor, config.pipeline, config.context, config.moe_expert,
-                       config.moe_expert_tensor, config.sequence_parallel)
+                       config.moe_expert_tensor, config.sequence_parallel, config.virtual_pipeline)
 
     @property
     def ranks_per_replica(self) -> int:
@@ -95,10 +103,15 @@ class Layout:
     def world_size(self) -> int:
         return self.replicas * self.ranks_per_replica
 
+    def filled_up(self, microbatches: int) -> int:
+        """How many microbatches a pass has in the end: Megatron's interleaved schedule takes multiples of PP."""
+        return microbatches + (-microbatches % self.pp if self.vp > 1 else 0)
+
     @property
     def key(self) -> str:
         """Names the layout in plans and checkpoints, e.g. "tp2-cp1-ep1-etp1-pp2-replicas3"."""
-        return f"tp{self.tp}-cp{self.cp}-ep{self.ep}-etp{self.etp}-pp{self.pp}-replicas{self.replicas}"
+        chunks = f"-vp{self.vp}" if self.vp > 1 else ""
+        return f"tp{self.tp}-cp{self.cp}-ep{self.ep}-etp{self.etp}-pp{self.pp}{chunks}-replicas{self.replicas}"
 
     def coordinates(self, rank: int) -> Coordinates:
         """Coordinates of a global rank, 0 <= rank < world size."""

@@ -140,8 +140,8 @@ class MegatronEngine:
     def _forward(self, token_ids: Tensor, position_ids: Tensor, attention: DecodeAttention,
                  routing: Sequence[tuple[str, slice]]) -> Tensor:
         """[L c, 1, H] of this stage."""
-        return self.relay.run(len(token_ids), lambda: self.backbone.forward_step(
-            token_ids, position_ids, attention, routing))
+        return self.relay.run([len(token_ids)] * len(self.backbone.chunks), lambda layers: self.backbone.forward_step(
+            token_ids, position_ids, attention, routing, layers))
 
     def _sample(self, hidden: Tensor, state: DecodeState, fed: int, rows: int) -> Tensor:
         """[3, L] float64 for ``DecodeState.record``, the same on every rank of the replica."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from copd_megatron.config.rollout import RolloutConfig
 from copd_megatron.model.attention import KV
-from copd_megatron.model.backbone import Backbone, stage_layers
+from copd_megatron.model.backbone import Backbone, layer_chunks
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, Pack, PackRules, build_pack, pack_tokens
 from copd_megatron.model.vision import stage_needs_features
 from copd_megatron.parallel.collectives import reduce_scalars
@@ -50,7 +50,9 @@ class Prefill:
         self.rules = PackRules(rules.scope, rules.first_layer, sharing=True)
         self.pack_tokens = config.max_prompt_tokens
         self.layers = backbone.spec.num_layers
-        self.stages = [stage_layers(self.layers, groups.layout.pp, stage) for stage in range(groups.layout.pp)]
+        pp = groups.layout.pp
+        self.chunks = layer_chunks(self.layers, pp * groups.layout.vp)
+        self.stages = [self.chunks[stage::pp] for stage in range(pp)]
         self.store = PrefixStore(config.prefix_store_bytes, self.layers) if config.prefix_store_bytes else None
         self._packed_tokens = 0.0
         self._told = PrefixCounters()
@@ -130,28 +132,31 @@ class Prefill:
         spec, item, tp = self.backbone.spec, self.backbone.dtype.itemsize, self.groups.layout.tp
         layer = 2 * spec.kv_groups(tp) // tp * spec.head_dim
         border = spec.hidden_size if key.end < self.layers else 0
-        numbers = max(layer * len(_common(own, key)) + border * (key.end in own) for own in self.stages)
+        numbers = max(sum(layer * len(_common(chunk, key)) + border * (key.end in chunk) for chunk in own)
+                      for own in self.stages)
         return key.tokens * numbers * item
 
-    def _stage_of(self, layer: int) -> int:
-        return next(number for number, own in enumerate(self.stages) if layer in own)
+    def _chunk_of(self, layer: int) -> int:
+        return next(number for number, chunk in enumerate(self.chunks) if layer in chunk)
 
     def _evaluate(self, prompt: Prompt, owner: str | None, key: PrefixKey, entering: Tensor | None,
                   visual: VisualSource | None) -> PrefixPart:
         """A part of a prefix, alone; the stage that goes on from it keeps the hidden states."""
-        here, last = self.groups.coords.pp, self._stage_of(min(key.end, self.layers - 1))
-        if not (first := self._stage_of(key.first)) <= here <= last:
+        here, stages = self.groups.coords.pp, len(self.stages)
+        first, last = self._chunk_of(key.first), self._chunk_of(min(key.end, self.layers - 1))
+        if all(chunk % stages != here for chunk in range(first, last + 1)):
             return PrefixPart()
-        own, backbone, capture = _common(self.stages[here], key), self.backbone, {}
+        backbone, capture = self.backbone, {}
         pack = build_pack([LeafGroup(prompt, [Leaf(owner, ())])], self.rules, device(), trunks_only=True)
 
-        def stage() -> Tensor:
+        def stage(chunk: range) -> Tensor:
+            own = _common(chunk, key)
             if not own:
                 return backbone.take_input_tensor()
-            return backbone(pack, self._features(pack, own, visual), capture, layers=range(key.first, key.end))
+            return backbone(pack, self._features(pack, own, visual), capture, layers=own)
 
-        hidden = self.relay.run(key.tokens, stage, first, last, entering)
-        return PrefixPart(capture, hidden.clone() if key.end < self.layers and here == last else None)
+        hidden = self.relay.run([key.tokens] * len(backbone.chunks), stage, first, last, entering)
+        return PrefixPart(capture, hidden.clone() if key.end < self.layers and here == last % stages else None)
 
     def _features(self, pack: Pack, layers: range, visual: VisualSource | None):
         """What the vision tower says about the pack's prompts, if these layers read it."""
@@ -160,18 +165,21 @@ class Prefill:
 
     def _packed_blocks(self, prefixes: Prefixes, visual: VisualSource | None) -> list[PrefixBlock]:
         """Evaluate all trunks of a wave, pack by pack."""
-        own, blocks = self.backbone.layer_range, []
+        blocks = []
         for slots in self._pack_slots(prefixes):
             groups = [_trunks_of(prefixes, slot) for slot in slots]
             pack = build_pack(groups, self.rules, device(), trunks_only=True)
             capture: dict[int, KV] = {}
-            stage = partial(self.backbone, pack, self._features(pack, own, visual), capture)
-            self.relay.run(pack.level(max(own.start - 1, 0)).tokens, stage)
+            self.relay.run([pack.level(max(chunk.start - 1, 0)).tokens for chunk in self.backbone.chunks],
+                           partial(self._run_trunks, pack, capture, visual))
             numbers = {(place, owner): prefixes.numbers[slot, owner]
                        for place, slot in enumerate(slots) for owner in prefixes.owners[slot]}
             blocks += prefix_blocks(pack, capture, numbers)
             self._packed_tokens += sum(pack.level(layer).tokens for layer in range(self.layers)) / self.layers
         return blocks
+
+    def _run_trunks(self, pack: Pack, capture: dict[int, KV], visual: VisualSource | None, chunk: range) -> Tensor:
+        return self.backbone(pack, self._features(pack, chunk, visual), capture, layers=chunk)
 
     def _pack_slots(self, prefixes: Prefixes) -> Iterator[list[int]]:
         """Prompts to evaluate together: as many as ``rollout.max_prompt_tokens`` holds, at least one."""
@@ -190,7 +198,7 @@ class Prefill:
 
 
 def _common(own: range, key: PrefixKey) -> range:
-    """The layers of a part that a stage has."""
+    """The layers of a part that a chunk has."""
     return range(max(own.start, key.first), max(own.start, key.first, min(own.stop, key.end)))
 
 

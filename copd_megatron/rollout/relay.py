@@ -1,7 +1,7 @@
 """Hidden states handed from one pipeline stage to the next, outside Megatron's training schedules."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,23 +20,27 @@ class StageRelay:
         self.backbone, self.groups = backbone, groups
         self.lockstep = Lockstep(backbone, groups)
 
-    def run(self, rows: int, stage: Callable[[], Tensor], first: int = 0, last: int | None = None,
+    def run(self, rows: Sequence[int], stage: Callable[[range], Tensor], first: int = 0, last: int | None = None,
             entering: Tensor | None = None) -> Tensor:
-        """What ``stage`` returns here, after it has been sent on; its input lies in ``Backbone.set_input_tensor``.
+        """What ``stage`` returns here for the last chunk of layers; its input lies in ``Backbone.set_input_tensor``.
 
         Args:
-            rows: hidden states [rows, 1, H] that enter this stage.
-            first, last: stages that take part; None: to the last one.
+            rows: hidden states [rows, 1, H] that enter each of this stage's chunks.
+            stage: evaluates one of ``Backbone.chunks``; what it returns is sent on.
+            first, last: chunks of the backbone that take part; None: to the last one.
             entering: what enters the first of them; None: nothing, it embeds tokens.
         """
-        groups, backbone = self.groups, self.backbone
+        backbone, group, stages = self.backbone, self.groups.pp, self.groups.layout.pp
         self.lockstep.turn()
-        here, last = groups.coords.pp, groups.layout.pp - 1 if last is None else last
-        if here > first:
-            entering = torch.empty(rows, 1, backbone.spec.hidden_size, dtype=backbone.dtype, device=device())
-            dist.recv(entering, group=groups.pp, group_src=here - 1)
-        backbone.set_input_tensor(entering)
-        hidden = stage()
-        if here < last:
-            dist.send(hidden.contiguous(), group=groups.pp, group_dst=here + 1)
+        here, last = self.groups.coords.pp, stages * len(backbone.chunks) - 1 if last is None else last
+        for chunk, layers, count in zip(range(here, last + 1, stages), backbone.chunks, rows):
+            if chunk < first:
+                continue
+            if chunk > first:
+                entering = torch.empty(count, 1, backbone.spec.hidden_size, dtype=backbone.dtype, device=device())
+                dist.recv(entering, group=group, group_src=(here - 1) % stages)
+            backbone.set_input_tensor(entering)
+            hidden = stage(layers)
+            if chunk < last:
+                dist.send(hidden.contiguous(), group=group, group_dst=(here + 1) % stages)
         return hidden

@@ -167,7 +167,7 @@ def saved_bytes(job: Job, layout: Layout, stage: int, rows: Rows, width: Width) 
     """What the forward of one microbatch leaves for its backward on one rank."""
     grad_rows, trunk_rows = _differentiated(job, rows)
     first = job.adapter.first_layer
-    layers = [i for i in stage_layers(job.spec.num_layers, layout.pp, stage) if i >= first]
+    layers = [i for i in stage_layers(job.spec.num_layers, layout.pp, stage, layout.vp) if i >= first]
     total = 0.0
     if job.model.recompute == "full":
         total += len(layers) * grad_rows * width.hidden / width.sequence * width.item
@@ -179,8 +179,8 @@ def saved_bytes(job: Job, layout: Layout, stage: int, rows: Rows, width: Width) 
         copies = 1 if width.context == 1 else 1 + width.context  # all rows that are scored, and the own ones again
         total += rows.scored * ((width.hidden + 1) * width.wide / width.sequence + copies * width.hidden * width.item)
         total += rows.scored * _topk(job) * width.math * TOPK_COPIES
-    if layout.pp > 1:  # the pipeline keeps what it received and what it sends
-        total += 2 * rows.tokens * width.hidden / width.sequence * width.item
+    if layout.pp > 1:  # the pipeline keeps what it received and what it sends, chunk by chunk
+        total += 2 * layout.vp * rows.tokens * width.hidden / width.sequence * width.item
     return total
 
 

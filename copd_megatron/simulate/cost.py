@@ -140,7 +140,7 @@ def _replica_time(job: Job, layout: Layout, placement: Placement, replica: int, 
 def _compute_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops) -> float:
     """Seconds of the longest stage, without the pipeline's bubble."""
     peak, rate = hardware.peak_flops[job.model.dtype], hardware.flops(job.model.dtype)
-    longest = len(stage_layers(job.spec.num_layers, layout.pp, 0)) / job.spec.num_layers
+    longest = len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp)) / job.spec.num_layers
     ranks = layout.tp * layout.cp
     layers = (flops.linears + flops.adapters) / rate + flops.attention / (peak * hardware.attention_achieved)
     return (layers * longest + flops.head / rate) / ranks
@@ -149,7 +149,7 @@ def _compute_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops) ->
 def _pipeline_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops, batches: int, rows: float,
                    passes: int) -> float:
     """Seconds of ``batches`` microbatches; ``passes``: 1 forward, 3 with backward, 4 with recomputation."""
-    layers = len(stage_layers(job.spec.num_layers, layout.pp, 0))
+    layers = len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp))
     launching = batches * _operations(job, layout) * passes * hardware.operation_s
     busy = max(_compute_time(job, layout, hardware, flops), launching)
     item = DTYPES[job.model.dtype].itemsize
@@ -167,18 +167,19 @@ def _pipeline_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops, b
     busy += forwards * _dispatch_time(job, layout, hardware, rows / layout.cp, batches)
     if layout.pp > 1:
         near = layout.world_size <= hardware.ranks_per_node
-        busy += forwards * (stream / hardware.bandwidth(near) + batches * hardware.latency_s(near))
-    return busy * (batches + layout.pp - 1) / batches
+        busy += forwards * layout.vp * (stream / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+    # Interleaved stages wait for a chunk of the first microbatch only, but run some microbatches twice.
+    return busy * (layout.filled_up(batches) + (layout.pp - 1) / layout.vp) / batches
 
 
 def _moe_layers(job: Job, layout: Layout) -> int:
     """MoE layers of the first stage, the longest."""
-    return sum(job.spec.is_moe(layer) for layer in stage_layers(job.spec.num_layers, layout.pp, 0))
+    return sum(job.spec.is_moe(layer) for layer in stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp))
 
 
 def _operations(job: Job, layout: Layout) -> int:
     """Launches of one forward of the longest stage."""
-    layers = len(stage_layers(job.spec.num_layers, layout.pp, 0))
+    layers = len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp))
     return layers * OPERATIONS_PER_LAYER + _moe_layers(job, layout) * OPERATIONS_PER_MOE
 
 
@@ -211,14 +212,14 @@ def _rollout_time(job: Job, layout: Layout, hardware: Hardware, groups: list[Gro
     kv = (prefixes + lanes * job.completion_tokens / 2) * kv_row / waves
     steps = waves * job.completion_tokens
     memory = (weights + kv) / hardware.memory_bandwidth
-    launching = _operations(job, replace(layout, pp=1)) * hardware.operation_s
-    compute = _compute_time(job, replace(layout, pp=1), hardware, flops) / steps
+    launching = _operations(job, replace(layout, pp=1, vp=1)) * hardware.operation_s
+    compute = _compute_time(job, replace(layout, pp=1, vp=1), hardware, flops) / steps
     relay = 0.0
     if layout.tp > 1:
         relay += 2 * spec.num_layers * hardware.latency_s(layout.tp <= hardware.ranks_per_node)
-    relay += _dispatch_time(job, replace(layout, pp=1), hardware, lanes / waves, 1)
+    relay += _dispatch_time(job, replace(layout, pp=1, vp=1), hardware, lanes / waves, 1)
     if layout.pp > 1:
-        relay += layout.pp * hardware.latency_s(layout.world_size <= hardware.ranks_per_node)
+        relay += layout.pp * layout.vp * hardware.latency_s(layout.world_size <= hardware.ranks_per_node)
     return steps * (max(memory, launching, compute) + relay)
 
 

@@ -99,7 +99,7 @@ def backbone_bytes(spec: BackboneSpec, layout: Layout, stage: int, dtype: str, f
     shapes = expected_shapes(spec, storage)
     item = DTYPES[dtype].itemsize
     layers = experts = 0
-    of_stage = stage_layers(spec.num_layers, layout.pp, stage)
+    of_stage = stage_layers(spec.num_layers, layout.pp, stage, layout.vp)
     for alike in ([i for i in of_stage if spec.is_moe(i) == moe] for moe in (False, True)):
         shard = MoeShard(ep=layout.ep, etp=layout.etp)
         for name, pieces in (layer_pieces(spec, alike[0], 0, layout.tp, shard, storage) if alike else {}).items():
@@ -126,7 +126,7 @@ def _adapter_elements(spec: BackboneSpec, layout: Layout, stage: int, rank: int,
     """(elements, tensors) of one expert's adapters on a rank of a stage."""
     seat = _Seat(layout, layout.coordinates(layout.rank_of(pp=stage)))
     bank = AdapterBank(spec, AdapterConfig(rank=rank, targets=targets, first_layer=first_layer), seat,
-                       stage_layers(spec.num_layers, layout.pp, stage), torch.float32, torch.device("meta"))
+                       stage_layers(spec.num_layers, layout.pp, stage, layout.vp), torch.float32, torch.device("meta"))
     names = bank.factor_names()
     return sum(math.prod(bank.local_shape(name, rank)) for name in names), len(names)
 
@@ -144,7 +144,7 @@ def rank_memory(job: Job, layout: Layout, placement: Placement, replica: int, st
     hosted = len(placement.experts_of(replica))
     one = adapter_bytes(job, layout, stage)
     always: dict[str, float] = dict(backbone_bytes(job.spec, layout, stage, job.model.dtype, job.model.fp8))
-    layers = stage_layers(job.spec.num_layers, layout.pp, stage)
+    layers = stage_layers(job.spec.num_layers, layout.pp, stage, layout.vp)
     if stage_needs_features(job.spec, layers):
         always["vision tower"] = job.vision_bytes
         always["vision cache"] = _feature_cache_bytes(job)
@@ -184,11 +184,19 @@ def on_rank(rows: Rows, layout: Layout) -> Rows:
 def _update_bytes(job: Job, layout: Layout, stage: int, batch: Rows, batches: int, width: Width) -> dict[str, float]:
     """Everything saved for the backward, and what the backward (or the head) makes on the way."""
     rows, last = on_rank(batch, layout), stage == layout.pp - 1
-    in_flight = min(layout.pp - stage, batches)  # Megatron's 1F1B schedule
     head = head_bytes(job, rows, width, backward=True) if last else 0
     layers = backward_bytes(job, layout, rows, width)
-    return {"activations": in_flight * saved_bytes(job, layout, stage, rows, width),
+    return {"activations": in_flight(layout, stage, batches) * saved_bytes(job, layout, stage, rows, width),
             **_larger("backward", layers, "head chunk", head)}
+
+
+def in_flight(layout: Layout, stage: int, batches: int) -> float:
+    """Microbatches that a stage holds for their backward at most, in Megatron's schedules (1F1B; interleaved, a chunk
+    of the stage's layers counts as a part)."""
+    if layout.vp == 1:
+        return min(layout.pp - stage, batches)
+    warmup = 2 * (layout.pp - stage - 1) + (layout.vp - 1) * layout.pp
+    return min(warmup + 1, layout.filled_up(batches) * layout.vp) / layout.vp
 
 
 def _score_bytes(job: Job, layout: Layout, stage: int, batch: Rows, width: Width) -> dict[str, float]:
@@ -215,7 +223,7 @@ def own_capacity(forced: int, completion_tokens: int) -> int:
 def _rollout_bytes(job: Job, layout: Layout, placement: Placement, replica: int, stage: int,
                    width: Width) -> dict[str, float]:
     """The largest wave: one KV of every distinct prompt, one of every lane's own rows, the prefill that made it."""
-    layers = len(stage_layers(job.spec.num_layers, layout.pp, stage))
+    layers = len(stage_layers(job.spec.num_layers, layout.pp, stage, layout.vp))
     kv_row = 2 * width.kv * width.item * layers
     own = trunks = lanes = 0
     limit = job.rollout.decode_lanes

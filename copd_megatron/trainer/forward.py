@@ -13,6 +13,7 @@ import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import (
     forward_backward_no_pipelining,
+    forward_backward_pipelining_with_interleaving,
     forward_backward_pipelining_without_interleaving,
 )
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from copd_megatron.config.model import ModelConfig
 from copd_megatron.model.attention import KV
 from copd_megatron.model.backbone import DTYPES, Backbone, Visual
-from copd_megatron.model.shared_prefix import Pack, build_pack
+from copd_megatron.model.shared_prefix import Pack, build_pack, pack_tokens
 from copd_megatron.model.vision import VisionTower, stage_needs_features
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
@@ -93,31 +94,52 @@ class Runner:
     def _schedule(self, microbatches: Sequence[Microbatch], at_end: AtEnd, forward_only: bool,
                   prefixes: Mapping[str, Mapping[int, KV]] | None = None) -> list[Any]:
         """One run of Megatron's schedule; ``prefixes``: by content hash, for packs that do not hold them."""
-        outside = prefixes is not None
+        backbone, outside = self.backbone, prefixes is not None
+        chunks, batches = backbone.chunks, self._filled_up(microbatches)
+        packs: dict[int, Pack] = {}  # between the first and the last chunk of this stage
 
         def forward_step(iterator, model):
-            batch = next(iterator)
-            pack = build_pack(batch.groups, model.rules, device(), share=model.share, outside=outside)
-            self._tokens += pack.upper.tokens
-            self._naive_tokens += pack.naive_tokens
-            out = model(pack, None if outside else self.visual(pack.prompts),
-                        outside=[prefixes[prompt.content_hash] for prompt in pack.outside])
+            number, layers = next(iterator)
+            batch = batches[number]
+            if layers is chunks[0]:
+                packs[number] = build_pack(batch.groups, model.rules, device(), share=model.share, outside=outside)
+                self._tokens += packs[number].upper.tokens
+                self._naive_tokens += packs[number].naive_tokens if number < len(microbatches) else 0
+            pack = packs.pop(number) if layers is chunks[-1] else packs[number]
+            sees = not outside and stage_needs_features(model.spec, layers)
+            out = model(pack, self.visual(pack.prompts) if sees else None,
+                        outside=[prefixes[prompt.content_hash] for prompt in pack.outside], layers=layers)
 
             def loss_of(hidden):
-                loss, result = at_end(hidden, pack, batch)
+                loss, result = at_end(hidden, pack, batch) if number < len(microbatches) else (None, None)
                 # A loss that needs no gradient (a microbatch of masked tokens only) still closes the graph.
                 loss = hidden.sum() * 0 if loss is None else loss
                 return loss, torch.zeros((), dtype=torch.int, device=hidden.device), result
 
             return out, loss_of
 
-        common = dict(forward_step_func=forward_step, data_iterator=iter(microbatches), model=self.backbone,
-                      num_microbatches=len(microbatches), seq_length=1, micro_batch_size=1,
+        turns = [iter([(number, layers) for number in range(len(batches))]) for layers in chunks]
+        common = dict(forward_step_func=forward_step, num_microbatches=len(batches), seq_length=1, micro_batch_size=1,
                       forward_only=forward_only, pg_collection=self.groups.pg_collection)
         if self.groups.layout.pp == 1:
-            return forward_backward_no_pipelining(**common)
-        return forward_backward_pipelining_without_interleaving(
-            p2p_communicator=P2PCommunicator(self.groups.pp, self.backbone.config), **common)
+            return forward_backward_no_pipelining(data_iterator=turns[0], model=backbone, **common)
+        common["p2p_communicator"] = P2PCommunicator(self.groups.pp, backbone.config)
+        if len(chunks) == 1:
+            return forward_backward_pipelining_without_interleaving(data_iterator=turns[0], model=backbone, **common)
+        # One module serves as all of Megatron's model chunks: it is told the layers, and a chunk that is given its
+        # input takes it at once.
+        results = forward_backward_pipelining_with_interleaving(
+            data_iterator=turns, model=[backbone] * len(chunks), **common)
+        return results[:len(microbatches)]
+
+    def _filled_up(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
+        """The microbatches, and for the interleaved schedule, which wants a multiple of the stages, as many repetitions
+        of the smallest as are missing; they lead to no loss."""
+        missing = self.groups.layout.filled_up(len(microbatches)) - len(microbatches)
+        if not missing:
+            return list(microbatches)
+        smallest = min(microbatches, key=lambda batch: pack_tokens(batch.groups, self.backbone.rules))
+        return [*microbatches, *[smallest] * missing]
 
 
 def visual_features(model: ModelConfig, backbone: Backbone) -> Callable[[Sequence[Prompt]], Visual | None]:

@@ -14,7 +14,6 @@ def run(*experts: str, **sections) -> RunConfig:
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["parallel.virtual_pipeline=2"], r"^parallel\.virtual_pipeline: 2; allowed is 1: interleaved stages"),
     (["rollout.top_p=0.9"], r"^rollout\.top_p: 0\.9; training requires 1\.0"),
     (["rollout.prefix_store_bytes=9", "model.prefix_sharing=false"],
      r"^rollout\.prefix_store_bytes: 9 with model\.prefix_sharing=false, which .*; set one of the two"),

@@ -69,6 +69,7 @@ def test_4096_ranks_are_planned_from_a_config_alone(big_recipe, tmp_path, capsys
     assert code == 0
     out = capsys.readouterr().out
     assert "4096 ranks of h100: TP 4 x PP 2 x CP 1 x 512 replicas; 3 experts, 4 edges" in out
+    assert "layers by stage: 0-17; 18-35" in out
     assert "fits: the fullest rank needs" in out
     plan = json.loads(file.read_text())
     assert len(plan["ranks"]) == 4096

@@ -251,12 +251,13 @@ def test_unset_and_harmless_options_pass(tmp_path):
     assert read_spec(path) == read_spec(tiny_model("qwen3"))
 
 
-@pytest.mark.parametrize("tp,pp,named", [
-    (3, 1, "3 does not fit the backbone's 4 query heads"), (8, 1, "query heads"), (1, 5, "5 stages")])
-def test_layouts_that_do_not_fit(tp, pp, named):
+@pytest.mark.parametrize("tp,pp,vp,named", [
+    (3, 1, 1, "3 does not fit the backbone's 4 query heads"), (8, 1, 1, "query heads"), (1, 5, 1, "5 stages"),
+    (1, 3, 2, "2 chunks of layers on each of 3 stages for the backbone's 4 layers; allowed is 1 to 1")])
+def test_layouts_that_do_not_fit(tp, pp, vp, named):
     spec = read_spec(tiny_model("qwen3"))
-    with pytest.raises(UserError, match=r"^parallel\.(tensor|pipeline): ") as caught:
-        spec.check_parallel(tp, pp)
+    with pytest.raises(UserError, match=r"^parallel\.(tensor|pipeline|virtual_pipeline): ") as caught:
+        spec.check_parallel(tp, pp, vp)
     assert named in str(caught.value)
     spec.check_parallel(2, 4)
     spec.check_parallel(4, 1)

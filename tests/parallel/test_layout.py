@@ -69,6 +69,12 @@ def test_coordinates_are_megatrons(world, sizes):
 def test_fit_leaves_the_rest_to_replicas():
     assert Layout.fit(12, tp=2, pp=3) == Layout(tp=2, pp=3, replicas=2)
     assert Layout(tp=2, pp=3, replicas=2).key == "tp2-cp1-ep1-etp1-pp3-replicas2"
+    assert Layout(pp=3, vp=2).key == "tp1-cp1-ep1-etp1-pp3-vp2-replicas1"
+
+
+def test_microbatches_are_filled_up_for_interleaved_stages():
+    assert [Layout(pp=3, vp=2).filled_up(n) for n in (1, 3, 4, 7)] == [3, 3, 6, 9]
+    assert [Layout(pp=3).filled_up(n) for n in (1, 4)] == [1, 4]
 
 
 @pytest.mark.parametrize(("world", "tp", "pp"), [(3, 2, 1), (4, 3, 1), (2, 2, 2), (1, 1, 2)])
@@ -80,7 +86,8 @@ def test_fit_refuses_what_does_not_divide(world, tp, pp):
 @pytest.mark.parametrize(("sizes", "field"), [
     ({"cp": 0}, "context"), ({"ep": 2}, "moe_expert"), ({"etp": 2}, "moe_expert_tensor"), ({"tp": 0}, "tensor"),
     ({"pp": -1}, "pipeline"), ({"replicas": 0}, "replicas"), ({"tp": 2, "cp": 2, "ep": 2}, "moe_expert"),
-    ({"sequence_parallel": True}, "sequence_parallel")])
+    ({"sequence_parallel": True}, "sequence_parallel"), ({"vp": 0}, "virtual_pipeline"),
+    ({"vp": 2}, "virtual_pipeline"), ({"pp": 2, "vp": 2}, "virtual_pipeline")])
 def test_sizes_that_do_not_fit_are_refused(sizes, field):
     with pytest.raises(UserError, match=rf"parallel\.{field}[:,] "):
         Layout(**sizes)

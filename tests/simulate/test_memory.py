@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 
 from copd_megatron.config.loading import apply_overrides, load_recipe
 from copd_megatron.config.losses import OpdConfig, RlvrConfig
@@ -20,6 +22,7 @@ from copd_megatron.config.trainer import OptimizerConfig
 from copd_megatron.launch.plan import job_of, layout_of
 from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.hf_config import read_spec
+from copd_megatron.model.layer_spec import transformer_config
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack
 from copd_megatron.model.spec import MoeSpec
 from copd_megatron.parallel.groups import Groups
@@ -33,6 +36,7 @@ from copd_megatron.simulate.memory import (
     MOE_EXPERTS,
     adapter_bytes,
     backbone_bytes,
+    in_flight,
     on_rank,
     own_capacity,
     rank_memory,
@@ -116,6 +120,22 @@ def test_shards_adapters_optimizer_and_groups_are_the_trainers(layout):
     for rank, rows in enumerate(run_ranks(4, all_families)):
         for what, planned, real in rows:
             assert planned == real, (rank, what)
+
+
+def test_interleaved_stages_hold_as_many_microbatches_as_megatron_runs_ahead():
+    layout = Layout(pp=3, vp=2)
+
+    def ahead(batches):
+        groups = Groups.create(layout, Placement.build(("a",), 1))
+        config = transformer_config(replace(SPEC, num_layers=6), groups, torch.float32)
+        _, _, warmup, left = get_pp_rank_microbatches(layout.filled_up(batches), layout.vp,
+                                                      config.microbatch_group_size_per_vp_stage,
+                                                      p2p_communicator=P2PCommunicator(groups.pp, config))
+        groups.destroy()
+        return warmup + min(left, 1)
+
+    for batches in (1, 4, 9):
+        assert run_ranks(3, ahead, batches) == [in_flight(layout, stage, batches) * layout.vp for stage in range(3)]
 
 
 def held_by_a_pass(job: Job, layout: Layout) -> dict[str, float]:

@@ -58,15 +58,22 @@ VARIANTS = {
     "moe, completion, full": {
         "adapter": COMPLETION | {"targets": ("o_proj", "down_proj")}, "model": {"recompute": "full"},
         "exchange": {"topology": "ring", "transport": "gather_adapters"}},
+    "deep, split, selective": {
+        "optimizer": {"microbatch_tokens": 44}, "adapter": {"first_layer": 3}, "model": {"recompute": "selective"},
+        "exchange": {"topology": "hub", "transport": "scatter"}},
+    "deep, stored": {
+        "adapter": COMPLETION, "rollout": {"prefix_store_bytes": 1 << 20}, "opd": {"signal": "topk", "topk": 8},
+        "exchange": {"topology": "ring", "transport": "scatter"}},
 }
-S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, STORED, NAIVE, FOUR, MOE, MOE_FULL = VARIANTS
+S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, STORED, NAIVE, FOUR, MOE, MOE_FULL, DEEP, DEEP_STORED = VARIANTS
 
 LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is left
     2: [({"tensor": 2}, C_SPLIT), ({"tensor": 2, "sequence_parallel": True}, S), ({"context": 2}, S),
         ({"context": 2}, C_FULL), ({"pipeline": 2}, S_FULL), ({}, FOUR), ({"pipeline": 2}, STORED),
         ({"tensor": 2, "sequence_parallel": True, "moe_expert": 2}, MOE), ({"context": 2, "moe_expert": 2}, MOE_FULL),
         ({"pipeline": 2}, MOE), ({"tensor": 2, "sequence_parallel": True, "moe_expert_tensor": 2}, MOE_FULL)],
-    3: [({}, C_SPLIT), ({"pipeline": 3}, SELECTIVE)],
+    3: [({}, C_SPLIT), ({"pipeline": 3}, SELECTIVE), ({"pipeline": 3, "virtual_pipeline": 2}, DEEP),
+        ({"pipeline": 3, "virtual_pipeline": 2}, DEEP_STORED)],
     4: [({"context": 4}, C_SPLIT), ({"tensor": 2, "context": 2, "sequence_parallel": True}, C_SPLIT),
         ({"tensor": 2, "context": 2}, NAIVE), ({"pipeline": 2, "context": 2}, SELECTIVE),
         ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, C_FULL),
@@ -74,7 +81,8 @@ LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is l
         ({"tensor": 2, "context": 2, "sequence_parallel": True, "moe_expert": 2, "moe_expert_tensor": 2}, MOE),
         ({"pipeline": 2, "context": 2, "moe_expert": 2}, MOE_FULL),
         ({"tensor": 2, "sequence_parallel": True}, STORED)],
-    6: [({"pipeline": 2}, S_FULL), ({"context": 2}, SELECTIVE), ({"tensor": 2, "sequence_parallel": True}, NAIVE)],
+    6: [({"pipeline": 2}, S_FULL), ({"context": 2}, SELECTIVE), ({"tensor": 2, "sequence_parallel": True}, NAIVE),
+        ({"context": 2, "pipeline": 3, "virtual_pipeline": 2}, DEEP)],
     8: [({"tensor": 2, "pipeline": 2, "context": 2, "sequence_parallel": True}, S_FULL),
         ({"tensor": 2, "pipeline": 2, "context": 2}, C_FULL), ({"context": 8}, S),
         ({"tensor": 2, "context": 2, "sequence_parallel": True}, C_FULL), ({"pipeline": 2, "context": 2}, C_SPLIT),
@@ -85,7 +93,7 @@ CASES = [(world, number) for world, layouts in LAYOUTS.items() for number in ran
 
 def _config(variant, parallel, old="-", **sections):
     """``old``: folder of the frozen teacher; ``sections`` lie over the variant's."""
-    path = tiny_model("qwen3", num_hidden_layers=3)
+    path = tiny_model("qwen3", num_hidden_layers=7 if variant.startswith("deep") else 3)
     if variant.startswith("moe"):
         path = tiny_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1])
     merged = {"model": {"path": str(path), "dtype": "float64"},
@@ -189,11 +197,14 @@ def test_groups_are_split_where_the_name_says_so(truth, tmp_path):
                 torch.testing.assert_close(truth[variant]["gradients"][expert][name], factor, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("parallel", [{"pipeline": 2, "context": 2}, {"tensor": 2, "sequence_parallel": True}], ids=str)
-def test_free_sampling_gives_identical_tokens(parallel, tmp_path, free_truth):
+@pytest.mark.parametrize(("world", "parallel", "store"), [
+    (4, {"pipeline": 2, "context": 2}, 0), (4, {"tensor": 2, "sequence_parallel": True}, 0),
+    (3, {"pipeline": 3, "virtual_pipeline": 2}, 0), (3, {"pipeline": 3, "virtual_pipeline": 2}, 1 << 20)], ids=str)
+def test_free_sampling_gives_identical_tokens(world, parallel, store, tmp_path, free_truth):
     config, want = free_truth
-    config = config.model_copy(update={"parallel": ParallelConfig(**parallel)})
-    for got in run_ranks(4, run_steps, config, tmp_path, timeout_s=240):
+    rollout = config.rollout.model_copy(update={"prefix_store_bytes": store})
+    config = config.model_copy(update={"parallel": ParallelConfig(**parallel), "rollout": rollout})
+    for got in run_ranks(world, run_steps, config, tmp_path, timeout_s=240):
         assert got["tokens"] == want["tokens"]
         for expert, factors in want["adapters"].items():
             for name, factor in factors.items():
@@ -203,7 +214,8 @@ def test_free_sampling_gives_identical_tokens(parallel, tmp_path, free_truth):
 @pytest.fixture(scope="module")
 def free_truth(tmp_path_factory):
     """A run that samples images and videos freely, and what one rank makes of it."""
-    config = toy_config(rollout={"prompts_per_step": 2, "group_size": 3, "max_completion_tokens": 5},
+    config = toy_config(model={"path": str(tiny_model("qwen3_vl", num_hidden_layers=6)), "dtype": "float64"},
+                        rollout={"prompts_per_step": 2, "group_size": 3, "max_completion_tokens": 5},
                         adapter={"rank": 3, "alpha": 6.0, "first_layer": 1}, metrics={"rollouts": False})
     want = run_ranks(1, run_steps, config, tmp_path_factory.mktemp("free"))[0]
     assert len(want["tokens"]) == 2 and all(want["tokens"])
