@@ -21,7 +21,7 @@ def recipe() -> RunConfig:
         adapter={"rank": 16, "alpha": 32.0},
         optimizer={"lr": 7e-4, "warmup_steps": 3, "betas": (0.9, 0.95), "microbatch_tokens": 2048},
         rollout={"prompts_per_step": 16, "group_size": 8, "max_completion_tokens": 12},
-        schedule={"cycles": 8, "rl_steps": 3, "opd_steps": 2},
+        schedule={"cycles": 6, "rl_steps": 3, "opd_steps": 2},
         exchange={"topology": "hub", "hub": "addition"},
         opd={"signal": "topk", "topk": 16},
         evaluation={"every": 0, "final_prompts": 384},
