@@ -36,11 +36,21 @@ DivergenceKind = Literal["reverse", "forward", "jsd"]
 """reverse: KL(student || teacher); forward: KL(teacher || student); jsd: generalised Jensen-Shannon."""
 
 
+CHUNK_BYTES = 128 * 2**20
+"""What one tensor of a chunk's logits takes at most where the number of tokens is left open. An operation holds up to
+four of them; many more tokens gain nothing, since the product is already bound by arithmetic."""
+
+
+def chunk_tokens_of(given: int, vocab_rows: int, itemsize: int) -> int:
+    """Tokens whose logits exist at one time, at least 1: ``given``, or for 0 as many as ``CHUNK_BYTES`` hold."""
+    return given or max(1, CHUNK_BYTES // (max(1, vocab_rows) * itemsize))
+
+
 @dataclass(frozen=True, eq=False)
 class Head:
     """One rank's shard of the frozen language-model head.
 
-    Example: ``Head(weight, vocab_start=0, vocab_size=151936, group=None, chunk_tokens=2048)``.
+    Example: ``Head(weight, vocab_start=0, vocab_size=151936, group=None)``.
     """
 
     weight: Tensor
@@ -51,8 +61,8 @@ class Head:
     """Real size of the vocabulary, over all ranks."""
     group: dist.ProcessGroup | None = None
     """The tensor-parallel group; None: the shard is the whole vocabulary."""
-    chunk_tokens: int = 2048
-    """Tokens whose logits exist at one time."""
+    chunk_tokens: int = 0
+    """Tokens whose logits exist at one time; 0: as many as ``CHUNK_BYTES`` hold."""
     kernels: Backend = "reference"
     """What evaluates them."""
     token_group: dist.ProcessGroup | None = None
@@ -62,9 +72,9 @@ class Head:
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or not self.weight.is_floating_point():
             raise ValueError(f"weight: {self.weight.dtype} {tuple(self.weight.shape)}; floats [V, H]")
-        if self.vocab_start < 0 or self.vocab_size < 1 or self.chunk_tokens < 1:
+        if self.vocab_start < 0 or self.vocab_size < 1 or self.chunk_tokens < 0:
             raise ValueError(f"vocab_start, vocab_size, chunk_tokens: {self.vocab_start}, {self.vocab_size}, "
-                             f"{self.chunk_tokens}; at least 0, 1, 1")
+                             f"{self.chunk_tokens}; at least 0, 1, 0")
         if self.group is None and self.vocab_start + self.weight.shape[0] < self.vocab_size:
             raise ValueError(f"weight: {self.weight.shape[0]} rows from id {self.vocab_start} of "
                              f"{self.vocab_size} ids; a shard needs its group")
@@ -73,6 +83,12 @@ class Head:
     def real_weight(self) -> Tensor:
         """[V, H] view without padded rows and without a graph; V is 0 on a rank that holds only padding."""
         return self.weight.detach()[:max(0, self.vocab_size - self.vocab_start)]
+
+    def chunks(self, hidden_TH: Tensor) -> Iterator[slice]:
+        """Rows of ``hidden_TH`` whose logits exist together, equally many on every rank of the group."""
+        # Of the padded rows: a rank that holds only padding must join the collectives of every chunk.
+        size = chunk_tokens_of(self.chunk_tokens, self.weight.shape[0], math_dtype(hidden_TH).itemsize)
+        return (slice(start, min(start + size, len(hidden_TH))) for start in range(0, len(hidden_TH), size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,8 +163,9 @@ def full_divergence(student_hidden_TH: Tensor, teacher_hidden_TH: Tensor, head: 
     if not 0 < jsd_weight < 1:
         raise ValueError(f"jsd_weight: {jsd_weight}; between 0 and 1, both excluded")
     teacher_hidden_TH = teacher_hidden_TH.detach().to(student_hidden_TH.dtype)
+    differentiable = torch.is_grad_enabled() and student_hidden_TH.requires_grad
     own = _FullDivergence.apply(_own_tokens(student_hidden_TH, head), _own_tokens(teacher_hidden_TH, head), head,
-                                kind, temperature, jsd_weight)
+                                kind, temperature, jsd_weight, differentiable)
     return _everybodys([own], head, len(student_hidden_TH))[0]
 
 
@@ -212,7 +229,7 @@ class _Score(torch.autograd.Function):
             return (None,) * 6
         grad_TH = torch.empty(hidden_TH.shape, dtype=math_dtype(hidden_TH), device=hidden_TH.device)
         backward = implementation("linear_logprob", ctx.head.kernels).linear_logprob_backward
-        for rows in _chunks(len(hidden_TH), ctx.head.chunk_tokens):
+        for rows in ctx.head.chunks(hidden_TH):
             grad_TH[rows] = backward(
                 hidden_TH[rows], ctx.head.real_weight, ids_TJ[rows], ctx.temperature, lse_T[rows],
                 None if grad_TJ is None else grad_TJ[rows], None if entropy_T is None else entropy_T[rows],
@@ -221,76 +238,65 @@ class _Score(torch.autograd.Function):
 
 
 class _FullDivergence(torch.autograd.Function):
-    """Chunked full-vocabulary divergence; the backward recomputes each chunk's logits of both sides."""
+    """Chunked full-vocabulary divergence.
+
+    A token's value depends on its own hidden state alone. So the forward takes the gradient of every value while
+    its logits exist, and the backward only scales the rows: as many products as with logits that are kept.
+    """
 
     @staticmethod
     def forward(ctx: Any, student_TH: Tensor, teacher_TH: Tensor, head: Head, kind: str, temperature: float,
-                jsd_weight: float) -> Tensor:
-        ctx.head, ctx.kind, ctx.temperature, ctx.jsd_weight = head, kind, temperature, jsd_weight
-        lse_T2 = torch.empty(len(student_TH), 2, dtype=math_dtype(student_TH), device=student_TH.device)
-        result_T2 = torch.zeros_like(lse_T2)
-        for rows in _chunks(len(student_TH), head.chunk_tokens):
+                jsd_weight: float, differentiable: bool) -> Tensor:
+        like = {"dtype": math_dtype(student_TH), "device": student_TH.device}
+        value_T = torch.zeros(len(student_TH), **like)
+        slope_TH = torch.empty(student_TH.shape, **like) if differentiable else None
+        for rows in head.chunks(student_TH):
             student_TV = block_logits(student_TH[rows], head.real_weight, temperature)
             teacher_TV = block_logits(teacher_TH[rows], head.real_weight, temperature)
-            local_T2 = torch.stack([student_TV.logsumexp(1), teacher_TV.logsumexp(1)], 1)
-            lse_T2[rows] = _merge_lse(local_T2, head.group)
-            student_TV.sub_(lse_T2[rows, :1])
-            teacher_TV.sub_(lse_T2[rows, 1:])
-            result_T2[rows] = _divergence_sums(student_TV, teacher_TV, kind, jsd_weight)
-        result_T2 = _sum_over(result_T2, head.group)
-        ctx.save_for_backward(student_TH, teacher_TH, lse_T2, result_T2)
-        return result_T2[:, 0].clone()
+            lse_T2 = _merge_lse(torch.stack([student_TV.logsumexp(1), teacher_TV.logsumexp(1)], 1), head.group)
+            student_TV.sub_(lse_T2[:, :1])
+            teacher_TV.sub_(lse_T2[:, 1:])
+            local_T, probs_TV, pull_TV = _divergence_(student_TV, teacher_TV, kind, jsd_weight)
+            sums_T2 = _sum_over(torch.stack([local_T, pull_TV.sum(1)], 1), head.group)
+            value_T[rows] = sums_T2[:, 0]
+            if slope_TH is not None:
+                grad_TV = pull_TV.sub_(probs_TV.mul_(sums_T2[:, 1:]))
+                slope_TH[rows] = hidden_gradient(grad_TV, student_TH[rows], head.real_weight, temperature)
+        ctx.save_for_backward(slope_TH)
+        ctx.group, ctx.dtype = head.group, student_TH.dtype
+        return value_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Any, ...]:
-        student_TH, teacher_TH, lse_T2, result_T2 = ctx.saved_tensors
-        weight, temperature = ctx.head.real_weight, ctx.temperature
-        grad_TH = torch.empty(student_TH.shape, dtype=lse_T2.dtype, device=student_TH.device)
-        for rows in _chunks(len(student_TH), ctx.head.chunk_tokens):
-            student_TV = block_logits(student_TH[rows], weight, temperature).sub_(lse_T2[rows, :1])
-            teacher_TV = block_logits(teacher_TH[rows], weight, temperature).sub_(lse_T2[rows, 1:])
-            grad_TV = _divergence_gradient(student_TV, teacher_TV, result_T2[rows, 1:], ctx.kind,
-                                           ctx.jsd_weight).mul_(grad_T[rows, None])
-            grad_TH[rows] = hidden_gradient(grad_TV, student_TH[rows], weight, temperature)
-        return (_sum_over(grad_TH, ctx.head.group).to(student_TH.dtype), *(None,) * 5)
+        slope_TH, = ctx.saved_tensors
+        return (_sum_over(slope_TH * grad_T[:, None], ctx.group).to(ctx.dtype), *(None,) * 6)
 
 
-def _divergence_sums(log_p_TV: Tensor, log_q_TV: Tensor, kind: str, jsd_weight: float) -> Tensor:
-    """[T, 2]: this shard's part of the divergence, and of the mean slope that its gradient subtracts.
+def _divergence_(log_p_TV: Tensor, log_q_TV: Tensor, kind: str, jsd_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+    """This shard's part [T] of the divergence of the student's p, then p [T, V] and p c [T, V]. Overwrites both inputs.
 
-    With p the student, the gradient of the logits is p (c - sum p c), where c is the derivative by p:
-    log p - log q for reverse, (1 - w)(log p - log m) for Jensen-Shannon; forward needs none.
+    c is the derivative by p: log p - log q for reverse, -q / p for forward, (1 - w)(log p - log m) for
+    Jensen-Shannon. The gradient of the logits is p c - p sum(p c), the sum over the whole vocabulary.
     """
     if kind == "reverse":
-        value_T = (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(1)
-        return torch.stack([value_T, value_T], 1)
+        gap_TV, probs_TV = log_q_TV.neg_().add_(log_p_TV), log_p_TV.exp_()
+        pull_TV = gap_TV.mul_(probs_TV)
+        return pull_TV.sum(1), probs_TV, pull_TV
     if kind == "forward":
-        value_T = (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(1)
-        return torch.stack([value_T, torch.zeros_like(value_T)], 1)
+        gap_TV, pull_TV = log_q_TV - log_p_TV, log_q_TV.exp_().neg_()
+        return -gap_TV.mul_(pull_TV).sum(1), log_p_TV.exp_(), pull_TV
     log_m_TV = _log_mixture(log_p_TV, log_q_TV, jsd_weight)
-    student_T = (1 - jsd_weight) * (log_p_TV.exp() * (log_p_TV - log_m_TV)).sum(1)
-    teacher_T = jsd_weight * (log_q_TV.exp() * (log_q_TV - log_m_TV)).sum(1)
-    return torch.stack([student_T + teacher_T, student_T], 1)
-
-
-def _divergence_gradient(log_p_TV: Tensor, log_q_TV: Tensor, mean_slope_T1: Tensor, kind: str,
-                         jsd_weight: float) -> Tensor:
-    """[T, V] gradient by the student's logits; ``mean_slope_T1`` is over the whole vocabulary."""
-    if kind == "reverse":
-        return log_p_TV.exp() * (log_p_TV - log_q_TV - mean_slope_T1)
-    if kind == "forward":
-        return log_p_TV.exp() - log_q_TV.exp()
-    slope_TV = (1 - jsd_weight) * (log_p_TV - _log_mixture(log_p_TV, log_q_TV, jsd_weight))
-    return log_p_TV.exp() * (slope_TV - mean_slope_T1)
+    gap_TV = log_q_TV - log_m_TV
+    teacher_T = gap_TV.mul_(log_q_TV.exp_()).sum(1)
+    pull_TV, probs_TV = log_m_TV.neg_().add_(log_p_TV).mul_(1 - jsd_weight), log_p_TV.exp_()
+    pull_TV.mul_(probs_TV)
+    return pull_TV.sum(1).add_(teacher_T, alpha=jsd_weight), probs_TV, pull_TV
 
 
 def _log_mixture(log_p_TV: Tensor, log_q_TV: Tensor, teacher_share: float) -> Tensor:
-    return torch.logaddexp(log_p_TV + math.log1p(-teacher_share), log_q_TV + math.log(teacher_share))
-
-
-def _chunks(tokens: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+    log_m_TV = log_p_TV + math.log1p(-teacher_share)
+    return torch.logaddexp(log_m_TV, log_q_TV + math.log(teacher_share), out=log_m_TV)
 
 
 def _shard_scores(hidden_TH: Tensor, head: Head, ids_TJ: Tensor, temperature: float, entropy: bool,
@@ -304,7 +310,7 @@ def _shard_scores(hidden_TH: Tensor, head: Head, ids_TJ: Tensor, temperature: fl
     topk_ids_TK = torch.empty(tokens, topk, dtype=torch.int64, device=hidden_TH.device) if topk else None
     vocab_topk = implementation("vocab_topk", head.kernels).vocab_topk
     linear_logprob = implementation("linear_logprob", head.kernels).linear_logprob
-    for rows in _chunks(tokens, head.chunk_tokens):
+    for rows in head.chunks(hidden_TH):
         if topk:
             logits_TV = block_logits(hidden_TH[rows], weight, temperature)
             values_TK[rows], topk_ids_TK[rows], lse_T[rows], picked_TJ[rows] = vocab_topk(logits_TV, topk, ids_TJ[rows])

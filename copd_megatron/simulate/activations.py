@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from copd_megatron.model.backbone import DTYPES, stage_layers
 from copd_megatron.model.spec import BackboneSpec
+from copd_megatron.model.vocab_parallel import chunk_tokens_of
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.simulate.job import Job, Rows
 
@@ -236,7 +237,7 @@ def forward_row_bytes(width: Width) -> int:
 
 def head_bytes(job: Job, rows: Rows, width: Width, backward: bool) -> float:
     """Logits of one chunk of rows, in the math type, and their temporaries."""
-    chunk = min(job.model.head_chunk_tokens, rows.scored)
+    chunk = min(chunk_tokens_of(job.model.head_chunk_tokens, width.vocab, width.math), rows.scored)
     full = backward and any(edge.signal == "full" for edge in job.edges)
     copies = HEAD_COPIES_FULL if full else HEAD_COPIES_BACKWARD if backward else HEAD_COPIES_FORWARD
     return chunk * width.vocab * width.math * copies

@@ -1,4 +1,5 @@
 """The chunked, sharded head against dense float64 autograd: gradients, ties, padding, ranks, memory."""
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,8 +8,16 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from copd_megatron.model.vocab_parallel import Head, full_divergence, score, shard_logits
+from copd_megatron.model.vocab_parallel import (
+    CHUNK_BYTES,
+    Head,
+    chunk_tokens_of,
+    full_divergence,
+    score,
+    shard_logits,
+)
 from support.ranks import run_ranks
 
 TOKENS, HIDDEN, VOCAB, PADDED, IDS = 11, 6, 13, 16, 4
@@ -289,6 +298,26 @@ def test_no_tensor_has_tokens_times_vocabulary_elements(what):
     assert largest(tokens) == tokens * vocab, "the meter must see the logits when they are not chunked"
 
 
+def test_chunks_left_open_are_bounded_by_memory():
+    head = Head(torch.zeros(151_936, 1), 0, 151_936)
+    chunks = list(head.chunks(torch.zeros(500, 1)))
+    assert chunks == [slice(0, 220), slice(220, 440), slice(440, 500)]
+    assert 220 * 151_936 * 4 <= CHUNK_BYTES < 221 * 151_936 * 4
+    assert [c.stop for c in head.chunks(torch.zeros(500, 1, dtype=torch.float64))][0] == 110
+    assert list(replace(head, chunk_tokens=300).chunks(torch.zeros(500, 1))) == [slice(0, 300), slice(300, 500)]
+    assert chunk_tokens_of(0, 10**12, 4) == 1
+
+
+def test_a_divergence_takes_no_gradient_where_none_is_wanted():
+    case = Case()
+    with FlopCounterMode(display=False) as scored:
+        full_divergence(case.hidden, case.teacher, case.head())
+    with FlopCounterMode(display=False) as trained:
+        full_divergence(case.hidden.clone().requires_grad_(), case.teacher, case.head()).sum().backward()
+    product = 2 * TOKENS * HIDDEN * VOCAB
+    assert (scored.get_total_flops(), trained.get_total_flops()) == (2 * product, 3 * product)
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 
@@ -319,7 +348,7 @@ def test_bad_divergences_and_heads():
     with pytest.raises(ValueError, match="needs its group"):
         Head(case.weight[:4], 0, VOCAB)
     with pytest.raises(ValueError, match="chunk_tokens"):
-        Head(case.weight, 0, VOCAB, None, 0)
+        Head(case.weight, 0, VOCAB, None, -1)
     with pytest.raises(ValueError, match="weight"):
         Head(case.weight.long(), 0, VOCAB)
 

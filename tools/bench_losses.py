@@ -1,0 +1,323 @@
+"""Times the losses over the vocabulary, forward and backward, chunked against logits that are kept; and their memory.
+
+Random hidden states of a student and a teacher and one frozen head; the loss is a weighted sum over the tokens:
+
+* `jsd`, `reverse`, `forward`: the divergence over the whole vocabulary;
+* `topk`: the reverse divergence on the teacher's top 64 and the rest's mass, the teacher's scoring included;
+* `logprob`: log-prob of the sampled token, and its entropy.
+
+`materialised` is plain torch: matmul, log_softmax and the definition, differentiated by autograd. Where Liger-Kernel
+(Hsu et al. 2024, arXiv:2410.10989) is installed and there is a GPU, its fused linear JSD runs as well. Every side
+runs in a process of its own, one after the other; values and gradients are compared across them.
+
+    python tools/bench_losses.py --json losses.json
+    python tools/bench_losses.py --tokens 8192 --hidden 4096 --vocab 128256 --dtype bfloat16 --json losses.json
+
+Memory is the peak beyond hidden states and head: resident pages on a CPU (Linux), the allocator's count on a GPU.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from bench_update import machine  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import copd_megatron.platform  # noqa: E402,F401  (before any of Megatron)
+from copd_kernels.backend import resolve  # noqa: E402
+from copd_megatron.checkpoint.peak_memory import PeakMemory  # noqa: E402
+from copd_megatron.losses.topk_kl import log_tail, topk_divergence  # noqa: E402
+from copd_megatron.model.backbone import DTYPES  # noqa: E402
+from copd_megatron.model.vocab_parallel import Head, full_divergence, score  # noqa: E402
+from copd_megatron.types import UserError  # noqa: E402
+
+LOSSES = ("jsd", "topk", "reverse", "forward", "logprob")
+TOPK = 64
+TOLERANCE = {"float32": 1e-3, "float64": 1e-9, "bfloat16": 5e-2}
+"""Largest difference of values and gradients, relative to the largest; kept logits are bfloat16 if the head is."""
+MATERIALISED_TENSORS = 6
+"""[tokens, vocabulary] tensors that the materialised side holds at once, at most: what must fit in free memory."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all sides compute from."""
+
+    student_TH: Tensor
+    teacher_TH: Tensor
+    head_VH: Tensor
+    ids_T: Tensor
+    weight_T: Tensor
+
+    @classmethod
+    def random(cls, options: argparse.Namespace, device: torch.device) -> Case:
+        """The same for every side; logits of order one, sides that differ as two experts do."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        student = normal(options.tokens, options.hidden)
+        teacher = student + 0.3 * normal(options.tokens, options.hidden)
+        head = normal(options.vocab, options.hidden).mul_(options.hidden ** -0.5)
+        ids = torch.randint(options.vocab, (options.tokens,), generator=generator)
+        weight = torch.rand(options.tokens, generator=generator) / options.tokens
+        dtype = DTYPES[options.dtype]
+        return cls(student.to(device, dtype).requires_grad_(), teacher.to(device, dtype), head.to(device, dtype),
+                   ids.to(device), weight.to(device))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one side computed and what it took."""
+
+    value: float
+    gradient_TH: np.ndarray
+    """float32; not a tensor, whose memory would have to outlive the process that made it."""
+    seconds: float
+    peak_bytes: int
+
+
+def chunked(case: Case, loss: str, head: Head) -> Tensor:
+    """[T] values by the trainer's functions."""
+    if loss == "logprob":
+        scores = score(case.student_TH, head, case.ids_T, entropy=True)
+        return scores.logprobs_T + scores.entropy_T
+    if loss != "topk":
+        return full_divergence(case.student_TH, case.teacher_TH, head, loss)
+    with torch.no_grad():
+        teacher = score(case.teacher_TH, head, case.ids_T, topk=TOPK)
+    student = score(case.student_TH, head, case.ids_T, at_ids_TK=teacher.topk_ids_TK)
+    return topk_divergence(student.at_logprobs_TK, teacher.topk_logprobs_TK, log_tail(teacher.topk_logprobs_TK),
+                           kernels=head.kernels)
+
+
+def materialised(case: Case, loss: str, _: Head) -> Tensor:
+    """[T] values by their definitions, on logits of all tokens."""
+    log_p_TV = (case.student_TH @ case.head_VH.T).float().log_softmax(1)
+    if loss == "logprob":
+        return log_p_TV.gather(1, case.ids_T[:, None])[:, 0] - (log_p_TV.exp() * log_p_TV).sum(1)
+    with torch.no_grad():
+        log_q_TV = (case.teacher_TH @ case.head_VH.T).float().log_softmax(1)
+    if loss == "topk":
+        log_q_TK, ids_TK = log_q_TV.topk(TOPK, 1)
+        log_p_TK = log_p_TV.gather(1, ids_TK)
+        log_p_TJ, log_q_TJ = (torch.cat([t, log_tail(t)[:, None]], 1) for t in (log_p_TK, log_q_TK))
+        return (log_p_TJ.exp() * (log_p_TJ - log_q_TJ)).sum(1)
+    if loss == "reverse":
+        return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(1)
+    if loss == "forward":
+        return (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(1)
+    log_m_TV = torch.logaddexp(log_p_TV, log_q_TV) - torch.log(torch.tensor(2.0, device=log_p_TV.device))
+    return 0.5 * ((log_p_TV.exp() * (log_p_TV - log_m_TV)).sum(1) + (log_q_TV.exp() * (log_q_TV - log_m_TV)).sum(1))
+
+
+def liger(case: Case, loss: str, _: Head) -> Tensor:
+    """The mean over the tokens by Liger-Kernel's fused linear JSD, which knows no weights per token."""
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    fused = LigerFusedLinearJSD(jsd_beta=0.5)
+    return fused(case.student_TH, case.head_VH, case.teacher_TH, case.head_VH)
+
+
+SIDES: dict[str, Callable[[Case, str, Head], Tensor]] = {
+    "chunked": chunked, "materialised": materialised, "liger": liger}
+
+
+def run(side: str, loss: str, options: argparse.Namespace) -> Outcome:
+    """One side, in this process. The peak is the first run's, which is not timed: nothing is kept from before."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    case = Case.random(options, device)
+    head = Head(case.head_VH, 0, options.vocab, None, options.chunk_tokens,
+                resolve("auto", device, case.head_VH.dtype))
+    if side == "liger" or options.uniform:
+        case.weight_T.fill_(1 / options.tokens)
+
+    def once() -> float:
+        case.student_TH.grad = None
+        value = SIDES[side](case, loss, head)
+        total = value if value.dim() == 0 else (value * case.weight_T).sum()
+        total.backward()
+        return total.item()  # waits for the device
+
+    warm_up(side, loss, options, device)
+    value, peak_bytes = peak_of(once, device)
+    seconds = []
+    for _ in range(options.repeats):
+        start = time.perf_counter()
+        once()
+        seconds.append(time.perf_counter() - start)
+    return Outcome(value, case.student_TH.grad.float().cpu().numpy(), statistics.median(seconds), peak_bytes)
+
+
+def warm_up(side: str, loss: str, options: argparse.Namespace, device: torch.device) -> None:
+    """A case of few tokens loads what is loaded once (thread pools, kernels), so that no peak has it."""
+    few = Case.random(argparse.Namespace(**vars(options) | {"tokens": 8, "vocab": TOPK * 4}), device)
+    kernels = resolve("auto", device, few.head_VH.dtype)
+    value = SIDES[side](few, loss, Head(few.head_VH, 0, TOPK * 4, None, kernels=kernels))
+    value.sum().backward()
+
+
+def peak_of(work: Callable[[], float], device: torch.device) -> tuple[float, int]:
+    """What the work returned, and the most bytes it held beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        value = work()
+        return value, torch.cuda.max_memory_allocated() - before
+    with PeakMemory() as peak:
+        value = work()
+    return value, peak.peak_bytes
+
+
+def _child(connection, side: str, loss: str, options: argparse.Namespace) -> None:
+    try:
+        connection.send(run(side, loss, options))
+    except UserError as error:
+        connection.send(error)
+
+
+def in_a_process(side: str, loss: str, options: argparse.Namespace) -> Outcome:
+    """``run`` where nothing of another side is left in memory.
+
+    Raises:
+        UserError: the system cannot tell the peak, or ended the process, as Linux does when memory is out.
+    """
+    # A forked process cannot use CUDA; a spawned one imports everything again.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, side, loss, options))
+    process.start()
+    theirs.close()
+    try:
+        outcome = ours.recv()
+    except EOFError:
+        process.join()
+        raise UserError(f"{side} {loss}: its process ended with {process.exitcode}; -9 means that memory was out: "
+                        "fewer --tokens") from None
+    process.join()
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
+
+
+def measure(loss: str, options: argparse.Namespace) -> dict:
+    """One row: seconds, peaks, differences. Raises ArithmeticError where the sides disagree."""
+    row: dict = {"loss": loss, "tokens": options.tokens, "hidden": options.hidden, "vocab": options.vocab,
+                 "dtype": options.dtype}
+    outcomes: dict[str, Outcome] = {}
+    for side in SIDES:
+        reason = why_not(side, loss, options)
+        if reason:
+            row |= {f"{side}_s": None, f"{side}_peak_bytes": None, f"{side}_skipped": reason}
+            print(f"  {loss:<9}{side:<14}skipped: {reason}", flush=True)
+            continue
+        outcome = outcomes[side] = in_a_process(side, loss, options)
+        row |= {f"{side}_s": outcome.seconds, f"{side}_peak_bytes": outcome.peak_bytes}
+        print(f"  {loss:<9}{side:<14}{outcome.seconds:9.3f} s{outcome.peak_bytes / 1e9:9.3f} GB", flush=True)
+    if "liger" in outcomes:  # weighs all tokens alike
+        outcomes["uniform"] = in_a_process("chunked", loss, argparse.Namespace(**vars(options) | {"uniform": True}))
+    pairs = [(ours, theirs) for ours, theirs in (("chunked", "materialised"), ("uniform", "liger"))
+             if theirs in outcomes]
+    for ours, theirs in pairs:
+        row |= compare(outcomes[ours], outcomes[theirs], theirs, TOLERANCE[options.dtype])
+    return row
+
+
+def compare(ours: Outcome, theirs: Outcome, name: str, tolerance: float) -> dict[str, float]:
+    """Differences of value and gradient, relative to the largest. Raises ArithmeticError above the tolerance."""
+    largest = float(np.abs(theirs.gradient_TH).max())
+    gradient = float(np.abs(ours.gradient_TH - theirs.gradient_TH).max()) / largest
+    value = abs(ours.value - theirs.value) / abs(theirs.value)
+    for what, difference in (("values", value), ("gradients", gradient)):
+        if not difference <= tolerance:
+            raise ArithmeticError(f"chunked and {name}: {what} differ by {difference:.1e} of the largest; at most "
+                                  f"{tolerance:.0e}")
+    return {f"{name}_value_difference": value, f"{name}_gradient_difference": gradient}
+
+
+def why_not(side: str, loss: str, options: argparse.Namespace) -> str | None:
+    """Why a side cannot run here; None if it can."""
+    if side == "liger":
+        if loss != "jsd":
+            return "its fused linear JSD is the divergence over the whole vocabulary"
+        if not torch.cuda.is_available():
+            return "needs a GPU"
+        return None if importlib.util.find_spec("liger_kernel") else "pip install liger-kernel"
+    if side == "materialised":
+        needed = MATERIALISED_TENSORS * options.tokens * options.vocab * (8 if options.dtype == "float64" else 4)
+        free = free_bytes()
+        if needed > free:
+            return f"needs up to {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; fewer --tokens, or more memory"
+    return None
+
+
+def free_bytes() -> int:
+    """Memory that a process can still take."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command line; the size is one that a machine with 16 GB holds, on a GPU that of an 8B model."""
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default, text in (
+            ("tokens", 8192 if on_gpu else 4096, "tokens"), ("hidden", 4096 if on_gpu else 1024, "hidden size"),
+            ("vocab", 128256 if on_gpu else 151936, "vocabulary"),
+            ("chunk-tokens", 0, "tokens of a chunk, as model.head_chunk_tokens; 0: by memory"),
+            ("threads", 0, "CPU threads; 0: torch's choice"), ("repeats", 2, "timed runs of each side")):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--loss", nargs="+", choices=LOSSES, default=["jsd", "topk"], help="losses (jsd topk)")
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bfloat16" if on_gpu else "float32",
+                        help="of hidden states and head (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE",
+                        help="write the first loss's numbers there, and all of them as rows")
+    options = parser.parse_args(arguments)
+    for name, least in (("tokens", 1), ("hidden", 1), ("vocab", TOPK + 1), ("chunk_tokens", 0), ("threads", 0),
+                        ("repeats", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}; at least {least}")
+    options.uniform = False
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, write. 0; 1 when the sides disagree; 2 when the machine cannot."""
+    options = parse(arguments)
+    where = machine()
+    if importlib.util.find_spec("liger_kernel"):
+        where["liger_kernel"] = version("liger_kernel")
+    print(f"{where['device']}: {where['cpu']}, load {where['load']}, torch {where['torch']}; {options.tokens} tokens "
+          f"of {options.hidden}, vocabulary {options.vocab}, {options.dtype}", flush=True)
+    try:
+        rows = [measure(loss, options) for loss in options.loss]
+    except (ArithmeticError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, ArithmeticError) else 2
+    if options.json:
+        given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "uniform"}
+        options.json.write_text(json.dumps(rows[0] | {"rows": rows, "machine": where, "arguments": given},
+                                           indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
