@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
@@ -185,31 +186,31 @@ def peak_of(work: Callable[[], float], device: torch.device) -> tuple[float, int
     return value, peak.peak_bytes
 
 
-def _child(connection, side: str, loss: str, options: argparse.Namespace) -> None:
+def _child(connection: Any, work: Callable, given: Sequence[Any]) -> None:
     try:
-        connection.send(run(side, loss, options))
+        connection.send(work(*given))
     except UserError as error:
         connection.send(error)
 
 
-def in_a_process(side: str, loss: str, options: argparse.Namespace) -> Outcome:
-    """``run`` where nothing of another side is left in memory.
+def in_a_process(work: Callable, *given: Any) -> Any:
+    """``work(*given)`` where nothing of another side is left in memory.
 
     Raises:
-        UserError: the system cannot tell the peak, or ended the process, as Linux does when memory is out.
+        UserError: the work's own, or the process ended, as Linux ends it when memory is out.
     """
     # A forked process cannot use CUDA; a spawned one imports everything again.
     context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, side, loss, options))
+    process = context.Process(target=_child, args=(theirs, work, given))
     process.start()
     theirs.close()
     try:
         outcome = ours.recv()
     except EOFError:
         process.join()
-        raise UserError(f"{side} {loss}: its process ended with {process.exitcode}; -9 means that memory was out: "
-                        "fewer --tokens") from None
+        raise UserError(f"{work.__name__}: its process ended with {process.exitcode}; -9 means that memory was out; "
+                        "fewer tokens") from None
     process.join()
     if isinstance(outcome, UserError):
         raise outcome
@@ -227,11 +228,12 @@ def measure(loss: str, options: argparse.Namespace) -> dict:
             row |= {f"{side}_s": None, f"{side}_peak_bytes": None, f"{side}_skipped": reason}
             print(f"  {loss:<9}{side:<14}skipped: {reason}", flush=True)
             continue
-        outcome = outcomes[side] = in_a_process(side, loss, options)
+        outcome = outcomes[side] = in_a_process(run, side, loss, options)
         row |= {f"{side}_s": outcome.seconds, f"{side}_peak_bytes": outcome.peak_bytes}
         print(f"  {loss:<9}{side:<14}{outcome.seconds:9.3f} s{outcome.peak_bytes / 1e9:9.3f} GB", flush=True)
     if "liger" in outcomes:  # weighs all tokens alike
-        outcomes["uniform"] = in_a_process("chunked", loss, argparse.Namespace(**vars(options) | {"uniform": True}))
+        uniform = argparse.Namespace(**vars(options) | {"uniform": True})
+        outcomes["uniform"] = in_a_process(run, "chunked", loss, uniform)
     pairs = [(ours, theirs) for ours, theirs in (("chunked", "materialised"), ("uniform", "liger"))
              if theirs in outcomes]
     for ours, theirs in pairs:

@@ -32,7 +32,7 @@ class ModelConfig(Section):
     """How a rank's MoE experts are multiplied. ``reference`` takes one product per MoE expert, ``grouped`` torch's
     grouped product for all (not in float64); ``auto`` is grouped on CUDA where sizes permit."""
     head_chunk_tokens: int = Field(0, ge=0)
-    """Tokens whose logits exist at one time in losses over the vocabulary; 0: as many as 128 MiB hold (220 of
+    """Tokens whose logits exist at one time in losses over the vocabulary; 0: as many as 96 MiB hold (165 of
     151,936 ids in float32)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping it: ``selective`` norms, activations, attention and gathered

@@ -36,7 +36,7 @@ DivergenceKind = Literal["reverse", "forward", "jsd"]
 """reverse: KL(student || teacher); forward: KL(teacher || student); jsd: generalised Jensen-Shannon."""
 
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 96 * 2**20
 """What one tensor of a chunk's logits takes at most where the number of tokens is left open. An operation holds up to
 four of them; many more tokens gain nothing, since the product is already bound by arithmetic."""
 
@@ -251,17 +251,10 @@ class _FullDivergence(torch.autograd.Function):
         value_T = torch.zeros(len(student_TH), **like)
         slope_TH = torch.empty(student_TH.shape, **like) if differentiable else None
         for rows in head.chunks(student_TH):
-            student_TV = block_logits(student_TH[rows], head.real_weight, temperature)
-            teacher_TV = block_logits(teacher_TH[rows], head.real_weight, temperature)
-            lse_T2 = _merge_lse(torch.stack([student_TV.logsumexp(1), teacher_TV.logsumexp(1)], 1), head.group)
-            student_TV.sub_(lse_T2[:, :1])
-            teacher_TV.sub_(lse_T2[:, 1:])
-            local_T, probs_TV, pull_TV = _divergence_(student_TV, teacher_TV, kind, jsd_weight)
-            sums_T2 = _sum_over(torch.stack([local_T, pull_TV.sum(1)], 1), head.group)
-            value_T[rows] = sums_T2[:, 0]
+            value_T[rows], slope_BH = _chunk_divergence(student_TH[rows], teacher_TH[rows], head, kind, temperature,
+                                                        jsd_weight, differentiable)
             if slope_TH is not None:
-                grad_TV = pull_TV.sub_(probs_TV.mul_(sums_T2[:, 1:]))
-                slope_TH[rows] = hidden_gradient(grad_TV, student_TH[rows], head.real_weight, temperature)
+                slope_TH[rows] = slope_BH
         ctx.save_for_backward(slope_TH)
         ctx.group, ctx.dtype = head.group, student_TH.dtype
         return value_T
@@ -271,6 +264,25 @@ class _FullDivergence(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Any, ...]:
         slope_TH, = ctx.saved_tensors
         return (_sum_over(slope_TH * grad_T[:, None], ctx.group).to(ctx.dtype), *(None,) * 6)
+
+
+def _chunk_divergence(student_TH: Tensor, teacher_TH: Tensor, head: Head, kind: str, temperature: float,
+                      jsd_weight: float, differentiable: bool) -> tuple[Tensor, Tensor | None]:
+    """Values [T] of a chunk's tokens over the whole vocabulary, and this shard's part of their gradients [T, H].
+
+    A function of its own, so that no chunk's tensors live on beside the next one's.
+    """
+    student_TV = block_logits(student_TH, head.real_weight, temperature)
+    teacher_TV = block_logits(teacher_TH, head.real_weight, temperature)
+    lse_T2 = _merge_lse(torch.stack([student_TV.logsumexp(1), teacher_TV.logsumexp(1)], 1), head.group)
+    student_TV.sub_(lse_T2[:, :1])
+    teacher_TV.sub_(lse_T2[:, 1:])
+    local_T, probs_TV, pull_TV = _divergence_(student_TV, teacher_TV, kind, jsd_weight)
+    sums_T2 = _sum_over(torch.stack([local_T, pull_TV.sum(1)], 1), head.group)
+    if not differentiable:
+        return sums_T2[:, 0], None
+    grad_TV = pull_TV.sub_(probs_TV.mul_(sums_T2[:, 1:]))
+    return sums_T2[:, 0], hidden_gradient(grad_TV, student_TH, head.real_weight, temperature)
 
 
 def _divergence_(log_p_TV: Tensor, log_q_TV: Tensor, kind: str, jsd_weight: float) -> tuple[Tensor, Tensor, Tensor]:
