@@ -41,7 +41,8 @@ class BuiltRank:
     ranks: int
     stage: int
     experts: tuple[str, ...]
-    layers: range
+    chunks: list[range]
+    """Layers: one run of neighbours, or several (``parallel.virtual_pipeline``)."""
     shapes: dict[str, tuple[int, ...]]
     """Backbone parameter -> shape."""
     backbone_bytes: int
@@ -62,7 +63,7 @@ def dry_run(config: RunConfig, world_size: int) -> str:
     placement = place(config, layout.replicas)
     built = list(built_ranks(config, spec, layout, placement))
     to_json(config)
-    rows = [[str(b.rank), str(b.ranks), str(b.stage), f"{b.layers.start} to {b.layers.stop - 1}",
+    rows = [[str(b.rank), str(b.ranks), str(b.stage), " and ".join(f"{c.start} to {c.stop - 1}" for c in b.chunks),
              ", ".join(b.experts) or "none", str(len(b.shapes)), size_text(b.backbone_bytes),
              size_text(b.adapter_bytes)] for b in built]
     header = ["rank", "ranks like it", "stage", "layers", "experts", "tensors", "backbone", "adapters"]
@@ -95,7 +96,7 @@ def _built(config: RunConfig, spec: BackboneSpec, layout: Layout, placement: Pla
                     backbone.bank.add_expert(expert, config.seed)
             adapters = {id(p) for p in backbone.bank.parameters()}
             own = {name: p for name, p in backbone.named_parameters() if id(p) not in adapters}
-            return BuiltRank(rank, alike, groups.coords.pp, groups.hosted, backbone.layer_range,
+            return BuiltRank(rank, alike, groups.coords.pp, groups.hosted, backbone.chunks,
                              {name: tuple(p.shape) for name, p in own.items()},
                              sum(p.numel() * p.element_size() for p in own.values()),
                              sum(p.numel() * p.element_size() for p in backbone.bank.parameters()))

@@ -48,9 +48,10 @@ def test_stages_and_shards_of_a_layout(tmp_path):
     config = configured("qwen3_text_experts.py", "qwen3-0.6b", "parallel.tensor=2", "parallel.pipeline=2")
     layout, placement = layout_of(config, 8)
     built = list(built_ranks(config, read_spec(config.model.path), layout, placement))
-    assert [(b.stage, len(b.layers), b.ranks, b.experts) for b in built] == [
-        (0, 14, 2, ("maths", "science")), (1, 14, 2, ("maths", "science")), (0, 14, 2, ("facts",)),
-        (1, 14, 2, ("facts",))]
+    lower, upper = [range(14)], [range(14, 28)]
+    assert [(b.stage, b.chunks, b.ranks, b.experts) for b in built] == [
+        (0, lower, 2, ("maths", "science")), (1, upper, 2, ("maths", "science")), (0, lower, 2, ("facts",)),
+        (1, upper, 2, ("facts",))]
     first, last = built[0].shapes, built[1].shapes
     assert first["embedding.weight"] == (75968, 1024) and "final_norm.weight" not in first
     assert first["layers.0.mlp.linear_fc1.weight"] == (3072, 1024), "gate and up, half of each"
