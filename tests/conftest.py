@@ -43,3 +43,10 @@ def one_rank():
     yield make
     for groups in made:
         groups.destroy()
+
+
+@pytest.fixture
+def no_world():
+    """For what needs a process without torch.distributed: ends the world of one that other tests may have left."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

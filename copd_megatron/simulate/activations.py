@@ -19,7 +19,8 @@ of their r numbers after row-parallel linears; under context parallelism it keep
 place of its own. Rows are taken to choose all MoE experts alike often: what expert parallelism brings to a rank is as
 much as what leaves it. A layer whose input needs no gradient (the first adapted one) saves less. Where scope is
 ``completion``, trunks keep k and v for the leaves' backward. Counted for prefix sharing; naive packs in scope
-``completion`` copy some rows besides.
+``completion`` copy some rows besides. Counted as on CUDA; on a CPU the backward of bfloat16 attention works on float32
+copies of a block.
 """
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from copd_megatron.simulate.hardware import load_hardware
 from copd_megatron.simulate.memory import MOE_EXPERTS
 from copd_megatron.types import UserError
 
+pytestmark = pytest.mark.usefixtures("no_world")
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LADDER = [("qwen3_text_experts.py", "qwen3-0.6b", 1, 256), ("qwen3_text_experts.py", "qwen3-1.7b", 1, 256),
           ("qwen3_vl_4b_one_node.py", "qwen3-vl-4b-instruct", 8, 2048),
