@@ -9,5 +9,5 @@ bash tools/setup_env.sh
 unset PYTHONDONTWRITEBYTECODE
 # Tests fork several ranks on few cores, and nothing may reach for the network.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
-workers=$(nproc 2>/dev/null || echo 1)
+workers=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1)  # nproc would answer OMP_NUM_THREADS
 exec .venv/bin/python -m pytest -n $((workers < 8 ? workers : 8)) --dist loadfile "$@"

@@ -77,11 +77,8 @@ def sample(hidden_LH: Tensor, head: Head, how: LaneSampling, uniform_L: Tensor,
         uniform_L: float64 in (0, 1), the same on every rank; not read for greedy lanes.
         temperature: the training temperature, of ``Sampled.logprobs_L``.
     """
-    chunks = range(0, len(hidden_LH), head.chunk_tokens) or (0,)
-    parts = []
-    for start in chunks:
-        rows = slice(start, start + head.chunk_tokens)
-        parts.append(_sample_chunk(hidden_LH[rows], head, how.select(rows), uniform_L[rows], temperature))
+    parts = [_sample_chunk(hidden_LH[rows], head, how.select(rows), uniform_L[rows], temperature)
+             for rows in list(head.chunks(hidden_LH)) or [slice(0, 0)]]
     return parts[0] if len(parts) == 1 else Sampled(*(torch.cat(columns) for columns in zip(*parts)))
 
 
