@@ -102,7 +102,7 @@ class _Adapted:
         factors = [[self.lora[e].get(part) for e in experts] for part in self.parts]
         rank = max(f.A.shape[0] for own in factors for f in own if f is not None)
         # Of every part the same number of columns, so that the parts of an expert with another rank lie alike.
-        down = [torch.cat([_padded(own[n], x.shape[-1], rank) for own in factors]) for n in range(len(experts))]
+        down = [torch.cat([_padded(own[n], x, rank) for own in factors]) for n in range(len(experts))]
         h = ops.grouped_down(x[:, 0], down, entering)[:, None]
         h = (self.exchange(h) if split else self.meet(h))[:, 0]
         out = y[:, 0]
@@ -144,10 +144,10 @@ class _Adapted:
         raise NotImplementedError
 
 
-def _padded(factors: LoraFactors | None, width: int, rank: int) -> Tensor:
-    """[rank, in] A with rows of zeros below; all zeros where there is no adapter."""
+def _padded(factors: LoraFactors | None, x: Tensor, rank: int) -> Tensor:
+    """[rank, in] A with rows of zeros below, for rows x [..., in]; all zeros where there is no adapter."""
     if factors is None:
-        return torch.zeros(rank, width)
+        return x.new_zeros(rank, x.shape[-1])
     return F.pad(factors.A, (0, 0, 0, rank - factors.A.shape[0]))
 
 
