@@ -4,12 +4,14 @@
     peft       a run's expert or merged policy, or several adapters -> one PEFT adapter
     import     a PEFT adapter -> an expert to start from (experts.NAME.init_from)
     megatron   a Hugging Face directory -> a Megatron distributed checkpoint for Megatron-LM, and back
+    quantize   a backbone -> the FP8 rows that model.fp8=frozen_rowwise trains on, as vLLM's W8A8
     verify     log-probs of two sides, by transformers and by our backbone
 
     python tools/convert_checkpoint.py merge --run runs/mine --out merged
     python tools/convert_checkpoint.py merge --backbone qwen3-8b --adapters maths code --rule weighted \\
         --weights maths=0.7 code=0.4 --out merged --dtype bfloat16 --profile
     python tools/convert_checkpoint.py peft --run runs/mine --policy maths --out maths_adapter
+    python tools/convert_checkpoint.py quantize --run runs/mine --out backbone_fp8
     python tools/convert_checkpoint.py verify merged qwen3-8b+maths_adapter --text "What is 2 + 3?"
 
 Everything is written to a temporary name and renamed when it is whole. docs/convert.md explains rules and formats.
@@ -22,7 +24,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,12 +40,13 @@ from pydantic import ValidationError  # noqa: E402
 
 import copd_megatron.platform  # noqa: E402, F401  (before any of Megatron)
 from copd_megatron.checkpoint import verify as verification  # noqa: E402
-from copd_megatron.checkpoint.huggingface import refuse_activated, save_merged  # noqa: E402
+from copd_megatron.checkpoint.huggingface import refuse_activated, save_merged, save_quantised  # noqa: E402
 from copd_megatron.checkpoint.megatron_reader import from_megatron  # noqa: E402
 from copd_megatron.checkpoint.megatron_writer import to_megatron  # noqa: E402
 from copd_megatron.checkpoint.peak_memory import PeakMemory  # noqa: E402
 from copd_megatron.checkpoint.peft import read_peft_adapter, save_peft_adapter  # noqa: E402
 from copd_megatron.checkpoint.sources import MERGED, Merge, RunSave, merge, open_run, read_adapters  # noqa: E402
+from copd_megatron.checkpoint.w8a8 import rounded_weights  # noqa: E402
 from copd_megatron.config.errors import explain  # noqa: E402
 from copd_megatron.config.trainer import MergeConfig  # noqa: E402
 from copd_megatron.launch.table import format_table  # noqa: E402
@@ -77,11 +80,26 @@ def run_merge(options: argparse.Namespace) -> int:
     save, spec, backbone = _inputs(options)
     made = _merged(options, save, spec)
     refuse_activated(made.adapter)
+    rounded = rounded_weights(spec) if options.quantize else frozenset()
     _check_out(options)
-    with _watched(options, "merge", backbone) as advance:
+    with _watched(options, "merge", backbone, rounded) as advance:
         save_merged(options.out, backbone, made.adapter, TEXT_PREFIX[spec.family], DTYPES.get(options.dtype),
-                    made.about, advance)
+                    made.about, advance, rounded)
     _report(options.out, made)
+    return 0
+
+
+def run_quantize(options: argparse.Namespace) -> int:
+    """A backbone's linears in FP8 rows."""
+    if not (options.run or options.backbone):
+        raise UserError("--backbone: missing; what is to be quantised is a run's backbone or a Hugging Face directory; "
+                        "give --run or --backbone")
+    _, spec, backbone = _inputs(options)
+    rounded = rounded_weights(spec)
+    _check_out(options)
+    with _watched(options, "quantize", backbone, rounded) as advance:
+        save_quantised(options.out, backbone, rounded, DTYPES.get(options.dtype), advance)
+    print(f"written: {options.out} ({len(rounded)} weights in FP8 rows)")
     return 0
 
 
@@ -198,10 +216,13 @@ def _check_out(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _watched(options: argparse.Namespace, title: str, backbone: Path) -> Iterator[Callable[[int], None]]:
+def _watched(options: argparse.Namespace, title: str, backbone: Path,
+             rounded: Collection[str] = ()) -> Iterator[Callable[[int], None]]:
     """Progress while weights are written and, with --profile, the most memory it took."""
-    entries, chosen = check_files(backbone).values(), DTYPES.get(options.dtype)
-    total = sum(math.prod(e.shape) * chosen.itemsize if chosen else e.end - e.begin for e in entries)
+    files, chosen = check_files(backbone), DTYPES.get(options.dtype)
+    entries = files.values()
+    total = sum(math.prod(e.shape) + 4 * e.shape[0] if name in rounded else
+                math.prod(e.shape) * chosen.itemsize if chosen else e.end - e.begin for name, e in files.items())
     with ByteProgress(title, total) as progress:
         if not options.profile:
             yield progress.advance
@@ -230,6 +251,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "merge", run_merge, "adapters or a run's experts -> one dense Hugging Face directory")
     _add_sources(command)
+    _add_writing(command)
+    command.add_argument("--quantize", choices=("fp8_rowwise",),
+                         help="the merged linears in FP8 rows, as vLLM's W8A8 (default: as they are)")
+
+    command = _add(commands, "quantize", run_quantize, "a backbone -> its linears in FP8 rows, as vLLM's W8A8")
+    command.add_argument("--run", type=Path, metavar="RUN_DIR", help="take a run's backbone")
+    command.add_argument("--backbone", type=Path, metavar="HF_DIR", help="default: the run's")
+    command.set_defaults(step="newest")
     _add_writing(command)
 
     command = _add(commands, "peft", run_peft, "a run's policy, or several adapters -> one PEFT adapter")

@@ -1,7 +1,8 @@
 """Safetensors files rewritten in blocks of rows: what is in memory is a block, however large tensors and files are.
 
 Tensors keep their names and their order, and those that nothing changes keep their bytes: a file that is rewritten
-without changes is the same file, byte for byte, if it was written by the safetensors library.
+without changes is the same file, byte for byte, if it was written by the safetensors library. Weights may be rounded to
+FP8 rows on the way (``model.fp8``): then a tensor of scales follows each of them.
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from copd_megatron.model.fp8 import SCALE, quantised
 from copd_megatron.types import UserError
 
 BLOCK_BYTES = 1 << 20
@@ -24,22 +26,25 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """Names of the types that weights have in a safetensors header."""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FP8_NAME, SCALE_NAME = "F8_E4M3", "F32"
+_ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {FP8_NAME: 1}
 
 Edit = Callable[[slice, Tensor], Tensor]
 """(rows, their old values [rows, in]) -> their new values, of any dtype."""
 
 
 def rewrite_file(source: Path, target: Path, edit: Callable[[str], Edit | None], dtype: torch.dtype | None,
-                 advance: Callable[[int], object]) -> list[str]:
+                 advance: Callable[[int], object], rounded: Callable[[str], bool] = lambda name: False) -> list[str]:
     """Write ``target`` with the tensors of ``source``, a file that ``safetensor_reader`` has checked.
 
     Args:
         edit: of a tensor's name: how its rows change; None where they do not.
-        dtype: of all tensors in the target; None keeps each one's own.
+        dtype: of all tensors in the target that are not rounded; None keeps each one's own.
         advance: told how many bytes were written, again and again.
+        rounded: of a matrix's name: whether the target has it in FP8 rows, with its scales beside it.
 
     Returns:
-        Names of the tensors.
+        Names of the target's tensors.
 
     Raises:
         OSError: the disk refuses. UserError: the source ends before its tensors do.
@@ -47,16 +52,18 @@ def rewrite_file(source: Path, target: Path, edit: Callable[[str], Edit | None],
     header, data = _read_header(source)
     metadata = header.pop("__metadata__", None) or {}
     ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
-    ranges = _new_ranges(header, ordered, dtype)
+    becomes = {name: _becomes(name, header[name], dtype, rounded(name)) for name in ordered}
+    ranges = _laid_out({new: kind for kinds in becomes.values() for new, kind in kinds.items()})
     # transformers refuses files that do not name their framework.
-    new = {"__metadata__": {"format": "pt", **metadata}} | {name: ranges[name] for name in header}
+    new = {"__metadata__": {"format": "pt", **metadata}} | {
+        target: ranges[target] for name in header for target in becomes[name]}
     with source.open("rb", buffering=0) as reader, target.open("wb") as writer:
         advance(writer.write(_packed(new)))
         for name in ordered:
             reader.seek(data + header[name]["data_offsets"][0])
-            for block in _blocks(reader, header[name], edit(name), DTYPES[ranges[name]["dtype"]]):
+            for block in _blocks(reader, header[name], edit(name), ranges[name]["dtype"]):
                 advance(writer.write(block))
-    return ordered
+    return list(ranges)
 
 
 def write_file(target: Path, shapes: dict[str, Sequence[int]], dtype: torch.dtype, tensor: Callable[[str], Tensor],
@@ -64,7 +71,7 @@ def write_file(target: Path, shapes: dict[str, Sequence[int]], dtype: torch.dtyp
     """Write a safetensors file of ``shapes`` in ``dtype``, one tensor after the other as ``tensor`` gives them."""
     kinds = {name: {"dtype": NAMES[dtype], "shape": list(shape)} for name, shape in shapes.items()}
     with target.open("wb") as writer:
-        advance(writer.write(_packed({"__metadata__": {"format": "pt"}} | _new_ranges(kinds, list(kinds), None))))
+        advance(writer.write(_packed({"__metadata__": {"format": "pt"}} | _laid_out(kinds))))
         for name in kinds:
             advance(writer.write(as_bytes(tensor(name).to(dtype))))
 
@@ -81,6 +88,12 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
         return json.loads(stream.read(size)), 8 + size
 
 
+def tensor_ranges(file: Path) -> list[tuple[int, int]]:
+    """Begin and end of every tensor's bytes."""
+    header, _ = _read_header(file)
+    return [tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"]
+
+
 def _packed(header: dict[str, Any]) -> bytes:
     """As the safetensors library writes it: compact, padded to 8 bytes."""
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -88,28 +101,48 @@ def _packed(header: dict[str, Any]) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _new_ranges(header: dict[str, Any], ordered: Sequence[str], dtype: torch.dtype | None) -> dict[str, Any]:
-    """Name -> entry of the new header, tensors one after the other."""
+def _becomes(name: str, entry: dict[str, Any], dtype: torch.dtype | None, rounded: bool) -> dict[str, Any]:
+    """Names, types and shapes of what one tensor of the source becomes."""
+    if not rounded:
+        return {name: {"dtype": NAMES[dtype] if dtype else entry["dtype"], "shape": entry["shape"]}}
+    return {name: {"dtype": FP8_NAME, "shape": entry["shape"]},
+            scale_name(name): {"dtype": SCALE_NAME, "shape": [entry["shape"][0], 1]}}
+
+
+def scale_name(weight: str) -> str:
+    """What the scales of a weight's FP8 rows are called: "...q_proj.weight" -> "...q_proj.weight_scale"."""
+    return weight[:weight.rfind(".") + 1] + SCALE
+
+
+def _laid_out(kinds: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a new header, tensors one after the other."""
     ranges, offset = {}, 0
-    for name in ordered:
-        kind, shape = NAMES[dtype] if dtype else header[name]["dtype"], header[name]["shape"]
-        end = offset + math.prod(shape) * DTYPES[kind].itemsize
-        ranges[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, end]}
+    for name, kind in kinds.items():
+        end = offset + math.prod(kind["shape"]) * _ITEM_BYTES[kind["dtype"]]
+        ranges[name] = {**kind, "data_offsets": [offset, end]}
         offset = end
     return ranges
 
 
-def _blocks(reader: BinaryIO, entry: dict[str, Any], edit: Edit | None, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of one tensor as they are to be written; ``reader`` stands at its first byte."""
-    old, shape = DTYPES[entry["dtype"]], entry["shape"]
-    rows, width = (shape[0], math.prod(shape[1:])) if edit else (math.prod(shape), 1)
+def _blocks(reader: BinaryIO, entry: dict[str, Any], edit: Edit | None, kind: str) -> Iterator[memoryview]:
+    """The bytes of one tensor, and of its scales, as they are to be written; ``reader`` stands at its first byte."""
+    old, shape, scales = DTYPES[entry["dtype"]], entry["shape"], []
+    rounded = kind == FP8_NAME
+    rows, width = (shape[0], math.prod(shape[1:])) if edit or rounded else (math.prod(shape), 1)
     step = max(1, BLOCK_BYTES // (max(1, width) * old.itemsize))
     for start in range(0, rows, step):
         count = min(step, rows - start)
         values = _read(reader, count * width, old)
+        if edit or rounded:
+            values = values.view(count, width)
         if edit:
-            values = edit(slice(start, start + count), values.view(count, width))
-        yield as_bytes(values.to(dtype))
+            values = edit(slice(start, start + count), values)
+        if rounded:
+            values, scale = quantised(values, slice(None))
+            scales.append(scale)
+        yield as_bytes(values if rounded else values.to(DTYPES[kind]))
+    if rounded:
+        yield as_bytes(torch.cat(scales))
 
 
 def _read(reader: BinaryIO, count: int, dtype: torch.dtype) -> Tensor:

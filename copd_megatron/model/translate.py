@@ -97,6 +97,12 @@ def expected_shapes(spec: BackboneSpec, storage: Storage | None = None) -> dict[
     return shapes
 
 
+def quantised_weights(spec: BackboneSpec) -> frozenset[str]:
+    """Names of the weights that ``model.fp8`` rounds: the linears of all layers, without routers and MoE experts."""
+    return frozenset(name for name, shape in expected_shapes(spec).items()
+                     if name.endswith("_proj.weight") and ".experts." not in name and len(shape) == 2)
+
+
 def check_tensors(spec: BackboneSpec, reader: SafetensorReader) -> None:
     """Raise UserError unless the checkpoint's text tensors are exactly those of ``spec``, names and shapes.
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from copd_kernels.rowwise_fp8.reference import quantise_rows
 from copd_megatron.checkpoint import weight_stream
 from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.huggingface import save_merged
@@ -60,6 +61,21 @@ def test_rows_change_and_types_too(source, tmp_path):
     assert torch.signbit(after["b"][0])
     with safe_open(tmp_path / "target.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_matrices_become_fp8_rows(source, tmp_path):
+    """Rows are rounded after they changed, scales follow their weight, and other tensors may change type."""
+    counts = []
+    names = rewrite_file(source, tmp_path / "target.safetensors",
+                         lambda name: (lambda rows, values: values * 3) if name == "z" else None, torch.bfloat16,
+                         counts.append, rounded=lambda name: name == "z")
+    after, (rows, scales) = load_file(tmp_path / "target.safetensors"), quantise_rows(TENSORS["z"] * 3)
+    assert set(names) == after.keys() == {*TENSORS, "weight_scale"}
+    assert names.index("weight_scale") == 1 + names.index("z")
+    assert torch.equal(after["z"].view(torch.uint8), rows.view(torch.uint8))
+    assert torch.equal(after["weight_scale"], scales)
+    assert torch.equal(after["a"], TENSORS["a"].bfloat16())
+    assert sum(counts) == (tmp_path / "target.safetensors").stat().st_size
 
 
 def test_a_file_written_tensor_by_tensor(tmp_path):

@@ -159,6 +159,23 @@ def test_adapters_of_a_backbone_that_sees(tool, adapters, tmp_path, capsys):
     assert {f.name for f in backbone.iterdir()} | {"merge.json"} == {f.name for f in (tmp_path / "half").iterdir()}
 
 
+def test_fp8_rows_of_a_backbone_and_of_a_merge(tool, runs, tmp_path, capsys):
+    """Zero adapters merge into the quantised backbone; sizes that FP8 cannot take are one line."""
+    backbone = tiny_model("qwen3", head_dim=16)
+    assert _call(tool, "quantize", "--backbone", backbone, "--out", tmp_path / "fp8", "--profile") == 0
+    out = capsys.readouterr()
+    assert "28 weights in FP8 rows" in out.out and "quantize: 100 % of" in out.err
+    factors = {"layers.1.mlp.up_proj.lora_A": torch.ones(2, 32), "layers.1.mlp.up_proj.lora_B": torch.zeros(48, 2)}
+    save_peft_adapter(tmp_path / "zero", Adapter(factors, 1.5), TEXT_PREFIX["qwen3"], backbone)
+    assert _call(tool, "merge", "--backbone", backbone, "--adapters", tmp_path / "zero", "--quantize", "fp8_rowwise",
+                 "--out", tmp_path / "merged") == 0
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "fp8" / name).read_bytes()
+    capsys.readouterr()
+    assert _call(tool, "quantize", "--run", runs["sequence"], "--out", tmp_path / "no") == 2
+    assert "k_proj.weight is [24, 32]; FP8 products need multiples of 16" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_zero_adapters_leave_every_byte(tool, runs, tmp_path, dtype):
     backbone = shutil.copytree(tiny_model("qwen3"), tmp_path / "backbone")
@@ -218,6 +235,7 @@ def test_to_megatron_and_back(tool, tmp_path, capsys):
 
 MISTAKES = {
     "no backbone": (["merge", "--adapters", "x", "--out", "{}/out"], "--backbone: missing"),
+    "nothing to quantise": (["quantize", "--out", "{}/out"], "--backbone: missing"),
     "no run": (["merge", "--run", "{}/nothing", "--out", "{}/out"], "--run: .* holds no complete save"),
     "no step": (["peft", "--run", "RUN", "--step", "3", "--out", "{}/out"], "--step: .* no complete save of step 3"),
     "no policy": (["peft", "--run", "RUN", "--policy", "chess", "--out", "{}/out"], "allowed are text, image, merged"),

@@ -3,9 +3,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from copd_megatron.checkpoint.huggingface import save_quantised
+from copd_megatron.checkpoint.w8a8 import rounded_weights
+from copd_megatron.checkpoint.weight_stream import scale_name
 from copd_megatron.config.loading import apply_overrides, load_recipe
 from copd_megatron.model.fp8 import SCALE, is_fp8
+from copd_megatron.model.translate import check_backbone, layer_pieces
 from copd_megatron.simulate.memory import backbone_bytes
 from copd_megatron.trainer.build import build_trainer
 from copd_megatron.types import UserError
@@ -59,8 +64,20 @@ def test_decoding_and_training_see_the_same_weights(tmp_path):
         assert result["metrics"][f"{expert}/mismatch_kl"] < 1e-4
 
 
-def bytes_of(config, folder):
-    """Name -> FP8 bytes and scales of this rank; it holds as many bytes as are planned."""
+def exported_bytes(backbone, weights):
+    """Name -> bytes and scales that an exported directory has for this rank."""
+    at, tp, found = backbone.groups.coords.tp, backbone.groups.layout.tp, {}
+    for position, layer in enumerate(backbone.layer_range):
+        for name, pieces in layer_pieces(backbone.spec, layer, at, tp).items():
+            if scale_name(pieces[0].name) in weights:
+                found[f"layers.{position}.{name}"] = (
+                    torch.cat([weights[p.name].view(torch.uint8)[p.rows, p.cols] for p in pieces]),
+                    torch.cat([weights[scale_name(p.name)][p.rows] for p in pieces]))
+    return found
+
+
+def bytes_of(config, folder, weights):
+    """Name -> FP8 bytes and scales of this rank; it holds as many bytes as are planned, those of the export."""
     trainer = build_trainer(config, folder)
     backbone = trainer.runner.backbone
     held = sum(t.nbytes for t in (*backbone.layers.parameters(), *backbone.layers.buffers()))
@@ -70,13 +87,20 @@ def bytes_of(config, folder):
         if is_fp8(parameter):
             scales = backbone.get_buffer(f"{name.rpartition('.')[0]}.{SCALE}")
             found[name] = parameter.view(torch.uint8).clone(), scales.clone()
+    for name, exported in exported_bytes(backbone, weights).items():
+        assert all(map(torch.equal, found[name], exported)), name
     trainer.groups.destroy()
     return found
 
 
 def test_bytes_do_not_depend_on_tensor_parallelism(tmp_path):
-    whole = run_ranks(1, bytes_of, config_of(FP8), tmp_path / "one")[0]
-    parts = run_ranks(2, bytes_of, config_of(FP8, "parallel.tensor=2"), tmp_path / "two")
+    """And are those that an export has, whichever rank looks."""
+    backbone = Path(config_of().model.path)
+    save_quantised(tmp_path / "w8a8", backbone, rounded_weights(check_backbone(backbone)))
+    weights = load_file(tmp_path / "w8a8/model.safetensors")
+    whole = run_ranks(1, bytes_of, config_of(FP8), tmp_path / "one", weights)[0]
+    parts = run_ranks(2, bytes_of, config_of(FP8, "parallel.tensor=2"), tmp_path / "two", weights)
+    assert sum(name.endswith("weight_scale") for name in weights) == 4 * 7
     assert len(whole) == 4 * 4
     for name, (values, scales) in whole.items():
         (a, a_scales), (b, b_scales) = (part[name] for part in parts)
