@@ -37,12 +37,27 @@ def pick_logits(logits_RV: Tensor, ids_RJ: Tensor) -> Tensor:
 
 def _largest_ids(logits_RV: Tensor, k: int) -> Tensor:
     """[R, k] ids of the k largest per row in any order; among equals at the border the lowest ids."""
-    vocab = logits_RV.shape[1]
-    threshold_R1 = logits_RV.topk(k, dim=1).values[:, -1:]
-    # Ranks without ties: above the threshold beats at the threshold, and a lower id beats a higher one.
+    values_RK, ids_RK = logits_RV.topk(min(k + 1, logits_RV.shape[1]), dim=1)
+    if values_RK.shape[1] == k:
+        return ids_RK
+    # Where the next one is smaller, there is nothing to choose. To ask a GPU which rows those are is to wait for it.
+    border_R = values_RK[:, k - 1]
+    if logits_RV.is_cuda:
+        return _lowest_ids(logits_RV, border_R, k)
+    tied_N = (border_R == values_RK[:, k]).nonzero()[:, 0]
+    ids_RK = ids_RK[:, :k]
+    if len(tied_N):
+        ids_RK = ids_RK.index_copy(0, tied_N, _lowest_ids(logits_RV[tied_N], border_R[tied_N], k))
+    return ids_RK
+
+
+def _lowest_ids(logits_RV: Tensor, border_R: Tensor, k: int) -> Tensor:
+    """[R, k] ids of all above the border and, of those at the border, the lowest."""
+    vocab, border_R1 = logits_RV.shape[1], border_R[:, None]
+    # Ranks without ties: above the border beats at the border, and a lower id beats a higher one.
     rank_V = torch.arange(vocab, 0, -1, dtype=torch.int32, device=logits_RV.device)
-    above_RV = (logits_RV > threshold_R1).to(torch.int32)
-    rank_RV = rank_V * (logits_RV >= threshold_R1) + above_RV.mul_(vocab)
+    above_RV = (logits_RV > border_R1).to(torch.int32)
+    rank_RV = rank_V * (logits_RV >= border_R1) + above_RV.mul_(vocab)
     return rank_RV.topk(k, dim=1).indices
 
 
