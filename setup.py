@@ -36,6 +36,7 @@ EXTRAS = {
     "vllm": ["vllm==0.32.0"],
     # Older wheels install where glibc is older than 2.39 and then break megatron-core's checkpointing.
     "resiliency": ["nvidia-resiliency-ext>=0.6"],
+    "bench": ["trl>=1.16,<1.17"],  # tools/bench_vs_trl.py calls its trainers' losses
     "wandb": ["wandb>=0.20"],
     "test": [
         "pytest>=8.3",

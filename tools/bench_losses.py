@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -28,7 +27,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
@@ -36,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from bench_update import machine  # noqa: E402
+from own_process import in_a_process  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import copd_megatron.platform  # noqa: E402,F401  (before any of Megatron)
@@ -184,37 +183,6 @@ def peak_of(work: Callable[[], float], device: torch.device) -> tuple[float, int
     with PeakMemory() as peak:
         value = work()
     return value, peak.peak_bytes
-
-
-def _child(connection: Any, work: Callable, given: Sequence[Any]) -> None:
-    try:
-        connection.send(work(*given))
-    except UserError as error:
-        connection.send(error)
-
-
-def in_a_process(work: Callable, *given: Any) -> Any:
-    """``work(*given)`` where nothing of another side is left in memory.
-
-    Raises:
-        UserError: the work's own, or the process ended, as Linux ends it when memory is out.
-    """
-    # A forked process cannot use CUDA; a spawned one imports everything again.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, work, given))
-    process.start()
-    theirs.close()
-    try:
-        outcome = ours.recv()
-    except EOFError:
-        process.join()
-        raise UserError(f"{work.__name__}: its process ended with {process.exitcode}; -9 means that memory was out; "
-                        "fewer tokens") from None
-    process.join()
-    if isinstance(outcome, UserError):
-        raise outcome
-    return outcome
 
 
 def measure(loss: str, options: argparse.Namespace) -> dict:

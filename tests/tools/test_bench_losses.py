@@ -67,13 +67,6 @@ def test_sides_that_differ_are_an_error(here, monkeypatch, capsys):
     assert "values differ by 9.9e-03 of the largest; at most 1e-03" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a spawned process does not see the patched function")
-def test_a_process_that_is_ended_is_one_line(bench, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "_child", lambda *_: sys.exit(1))
-    assert bench.main([*SMALL, "--loss", "jsd"]) == 2
-    assert "run: its process ended with 1" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("arguments, message", [
     (["--tokens", "0"], "--tokens: 0; at least 1"), (["--vocab", "64"], "--vocab: 64; at least 65")])
 def test_impossible_shapes_are_refused(bench, capsys, arguments, message):
