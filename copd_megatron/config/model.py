@@ -18,9 +18,10 @@ class ModelConfig(Section):
     prefix_sharing: bool = True
     """Evaluate the prompt once for all completions of a group. False is the naive reference:
     every (completion, expert) pair carries its own copy of the prompt."""
-    attention: Literal["auto", "reference", "flash"] = "auto"
+    attention: Literal["auto", "reference", "flash", "triton"] = "auto"
     """Attention backend. ``reference`` is plain torch; ``flash`` merges prefix and completion parts by
-    log-sum-exp over torch's fused kernels; ``auto`` is flash."""
+    log-sum-exp over torch's fused kernels; ``triton`` is one kernel for all parts, for CUDA, not in float64 (decoding
+    keeps torch's kernels); ``auto`` is flash."""
     fp8: Literal["none", "frozen_rowwise"] = "none"
     """``frozen_rowwise``: the layers' linears are kept in FP8, 1 byte per parameter with one scale per output row, and
     multiplied in FP8 with activations scaled per token, forward and backward; all else stays in ``dtype``."""

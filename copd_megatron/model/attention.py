@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,10 +23,31 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
+from copd_kernels.backend import missing_for_triton
 from copd_kernels.prefix_attention import fused, reference
-from copd_kernels.prefix_attention.plan import Plan
+from copd_kernels.prefix_attention.plan import MOST_DIM, Plan
+from copd_megatron.config.model import ModelConfig
+from copd_megatron.platform import device
+from copd_megatron.types import UserError
 
 KV = tuple[Tensor, Tensor]
+Attention = Literal["reference", "flash", "triton"]
+
+
+def choose_attention(model: ModelConfig, head_dim: int, dtype: torch.dtype) -> Attention:
+    """``model.attention`` as it acts here.
+
+    Raises:
+        UserError: "triton" was asked for where it cannot run.
+    """
+    if model.attention == "triton":
+        missing = missing_for_triton(device(), dtype)
+        if not missing and head_dim > MOST_DIM:
+            missing = f"a head dim of {head_dim}, above {MOST_DIM}"
+        if missing:
+            raise UserError(f"model.attention: triton: {missing}; auto, flash and reference are allowed here; choose "
+                            "one of them")
+    return "flash" if model.attention == "auto" else model.attention
 
 
 @dataclass
@@ -36,7 +58,7 @@ class StreamAttention(PackedSeqParams):
     qkv_format: str = "sbhd"
     plan: Plan | None = None
     spans: Sequence[tuple[int, ...]] = ()
-    backend: str = "flash"
+    backend: Attention = "flash"
     group: ProcessGroup | None = None
     """The context-parallel group, if rows are shared out over it."""
     key_order: Tensor | None = None
@@ -64,6 +86,10 @@ class StreamAttention(PackedSeqParams):
         trunk_kv = self.trunk_kv[layer] if self.trunk_kv is not None else None
         if self.backend == "reference":
             return reference.prefix_attention(q, k, v, self.spans, trunk_kv)
+        if self.backend == "triton":
+            from copd_kernels.prefix_attention import triton_impl  # the package triton may be missing
+
+            return triton_impl.prefix_attention(q, k, v, self.plan, trunk_kv)
         return fused.prefix_attention(q, k, v, self.plan, trunk_kv)
 
     def _everybodys(self, k: Tensor, v: Tensor) -> KV:

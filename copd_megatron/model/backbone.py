@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from copd_kernels.backend import resolve
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.adapter_bank import AdapterBank
-from copd_megatron.model.attention import KV, StreamAttention
+from copd_megatron.model.attention import KV, StreamAttention, choose_attention
 from copd_megatron.model.layer_spec import RMSNorm, build_layer, transformer_config
 from copd_megatron.model.moe_layer import choose_product
 from copd_megatron.model.rope import rotary_frequencies
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         self.dtype = DTYPES[model.dtype]
         self.config = transformer_config(spec, groups, self.dtype)
         self.rules = PackRules(adapter.scope, adapter.first_layer, model.prefix_sharing, spec.rope)
-        self.backend = "flash" if model.attention == "auto" else model.attention
+        self.backend = choose_attention(model, spec.head_dim, self.dtype)
         if model.fp8 != "none" and self.dtype == torch.float64:
             raise UserError("model.fp8: frozen_rowwise with model.dtype=float64; float32 and bfloat16 are allowed; "
                             "choose one, or model.fp8=none")

@@ -188,7 +188,7 @@ class DecodeAttention(PackedSeqParams):
         """Args:
             blocks: all trunks of the wave (unused ones are dropped).
             trunk_of_lane: [L] number of each lane's trunk, -1 for none.
-            backend: "flash", or "reference": one plain softmax per lane.
+            backend: "reference", one plain softmax per lane, or any other: merged parts.
         """
         super().__init__(qkv_format="sbhd")
         self.device, self.backend = device, backend

@@ -22,7 +22,7 @@ def resolve(asked: Literal["auto", "reference", "triton"], device: torch.device,
     Raises:
         ValueError: Triton is asked for where it cannot run; the message says why.
     """
-    missing = _what_is_missing(device, dtype)
+    missing = missing_for_triton(device, dtype)
     if asked == "triton" and missing:
         raise ValueError(f"triton: {missing}; auto and reference are allowed here; choose one of them")
     if asked == "auto":
@@ -30,7 +30,8 @@ def resolve(asked: Literal["auto", "reference", "triton"], device: torch.device,
     return asked
 
 
-def _what_is_missing(device: torch.device, dtype: torch.dtype) -> str:
+def missing_for_triton(device: torch.device, dtype: torch.dtype) -> str:
+    """Why Triton cannot run on tensors of this device and dtype; empty if it can."""
     if dtype == torch.float64:
         return "float64 is for the reference only"
     if importlib.util.find_spec("triton") is None:

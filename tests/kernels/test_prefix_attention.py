@@ -1,7 +1,8 @@
-"""Fused prefix attention equals its reference: values, gradients, padding, GQA, outside trunks."""
+"""Both fast forms of prefix attention equal the reference: values, gradients, padding, GQA, outside trunks."""
 import pytest
 import torch
 
+from copd_kernels.prefix_attention import fused, tiles, triton_impl
 from copd_kernels.prefix_attention.fused import prefix_attention
 from copd_kernels.prefix_attention.plan import Plan, Span
 from copd_kernels.prefix_attention.reference import prefix_attention as reference
@@ -95,17 +96,106 @@ def test_low_precision_stays_close(dtype, tolerance):
         torch.testing.assert_close(one.double(), other, rtol=0, atol=3 * tolerance)
 
 
+ODD = {
+    "lanes of two groups, one without a prompt":
+        ([(0, 18, 0, 0), (18, 30, 0, 0), (30, 33, 0, 18), (33, 39, 18, 30), (39, 41, 0, 18), (41, 47, 18, 30),
+          (47, 50, 0, 0)], 50),
+    "a prompt of one token, an empty leaf, padding":
+        ([(0, 1, 0, 0), (1, 4, 0, 1), (4, 4, 0, 1), (4, 20, 0, 1)], 22),
+    "two short spans": ([(0, 2, 0, 0), (2, 5, 0, 2)], 5),
+    "nothing": ([], 3),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles of each kind on streams that the interpreter can run, and keys that several programs share."""
+    launch = triton_impl.Launch(32, 16, 4, 1)
+    monkeypatch.setattr(triton_impl, "SIZES", {key: triton_impl.Launches(launch, launch, launch)
+                                               for key in triton_impl.SIZES})
+    monkeypatch.setattr(tiles, "MOST_ROWS", 9)
+
+
+def _check(attention, spans, tokens, heads, kv_heads, dim, dtype, device="cpu"):
+    """Values and gradients of a form in ``dtype`` against the reference in float64 on the same rounded numbers."""
+    generator = torch.Generator().manual_seed(tokens)
+    q, k, v, grad = (torch.randn(tokens, h, dim, generator=generator).to(device, dtype)
+                     for h in (heads, kv_heads, kv_heads, heads))
+    given = [x.requires_grad_() for x in (q, k, v)]
+    wide = [x.detach().double().requires_grad_() for x in given]
+    got, want = attention(*given, Plan.build(spans, tokens, q.device)), reference(*wide, spans)
+    pairs = zip((got, *torch.autograd.grad(got, given, grad)),
+                (want, *torch.autograd.grad(want, wide, grad.double())), strict=True)
+    for one, other in pairs:
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name, heads, kv_heads, dim, dtype", [
+    ("lanes of two groups, one without a prompt", 4, 2, 8, torch.float32),
+    ("a prompt of one token, an empty leaf, padding", 3, 1, 20, torch.float32),
+    ("two short spans", 34, 1, 16, torch.float32),
+    ("a prompt of one token, an empty leaf, padding", 2, 2, 80, torch.bfloat16),
+    ("nothing", 2, 1, 16, torch.float32)])
+def test_triton_equals_the_reference(small_tiles, name, heads, kv_heads, dim, dtype):
+    _check(triton_impl.prefix_attention, *ODD[name], heads, kv_heads, dim, dtype)
+
+
+@pytest.mark.parametrize("dim", [64, 256])
+def test_triton_in_tiles_as_they_are_launched(dim):
+    _check(triton_impl.prefix_attention, [(0, 70, 0, 0), (70, 75, 0, 70)], 75, 2, 1, dim, torch.bfloat16)
+
+
+def test_triton_with_a_trunk_from_an_earlier_pass(small_tiles):
+    """The trunk's keys have no gradient, the leaves' have that of the leaves alone."""
+    spans, tokens = SPANS["trunks of several lengths"]
+    q, k, v = _inputs(tokens, 4, 2, torch.float32)
+    leaves, own = [(s - 9, e - 9, a, b) for s, e, a, b in spans if b > a], [x[9:] for x in (q, k, v)]
+    trunk = k[:9].detach(), v[:9].detach()
+    outcomes = []
+    for attention in (triton_impl.prefix_attention, fused.prefix_attention):
+        out = attention(*own, Plan.build(leaves, tokens - 9, q.device), trunk)
+        outcomes.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+    for one, other in zip(*outcomes):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_triton_with_queries_of_some_rows_and_no_gradient_of_keys(small_tiles):
+    spans, tokens = SPANS["two trunks of one length, ragged leaves"]
+    q, k, v = _inputs(tokens, 4, 2, torch.float32)
+    rows = [0, 1, *range(6, tokens)]
+    pieces = [Span(0, 2, 0, 0, 0, 0), Span(2, 4, 0, 0, 4, 6), Span(4, 5, 0, 4, 8, 8), Span(5, 10, 4, 8, 9, 9),
+              Span(10, 12, 4, 8, 14, 14)]
+    plan, grad = Plan.build(pieces, len(rows), q.device), torch.randn(len(rows), 4, 8)
+    got = triton_impl.prefix_attention(q[rows], k.detach(), v.detach(), plan)
+    want = reference(q, k, v, spans)[rows]
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(got, q, grad)[0], torch.autograd.grad(want, q, grad)[0], rtol=0,
+                               atol=1e-5)
+
+
+@pytest.mark.parametrize("dim, dtype", [(8, torch.float64), (258, torch.float32)])
+def test_triton_refuses_what_it_cannot_do(dim, dtype):
+    x = torch.zeros(1, 1, dim, dtype=dtype)
+    with pytest.raises(ValueError, match="at most 256; use another form"):
+        triton_impl.prefix_attention(x, x, x, Plan.build([(0, 1, 0, 0)], 1, x.device))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_equals_the_reference(dtype):
-    spans, tokens = SPANS["trunks of several lengths"]
-    q, k, v = (x.detach().cuda().requires_grad_() for x in _inputs(tokens, 4, 2, dtype))
-    grad = torch.randn_like(q)
-    got = prefix_attention(q, k, v, Plan.build(spans, tokens, q.device))
-    got_grads = torch.autograd.grad(got, (q, k, v), grad)
-    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
-    want = reference(q64, k64, v64, spans)
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance)
-    for one, other in zip(got_grads, torch.autograd.grad(want, (q64, k64, v64), grad.double())):
-        torch.testing.assert_close(one.double(), other, rtol=0, atol=3 * tolerance)
+@pytest.mark.parametrize("attention", [fused, triton_impl], ids=["fused", "triton"])
+def test_cuda_equals_the_reference(attention, dtype):
+    _check(attention.prefix_attention, *SPANS["trunks of several lengths"], 4, 2, 8, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads, kv_heads, dim", [(8, 2, 64), (14, 2, 64), (4, 4, 80), (8, 1, 96), (32, 8, 128),
+                                                  (2, 1, 256)])
+def test_cuda_triton_on_many_tiles(heads, kv_heads, dim, dtype, monkeypatch):
+    monkeypatch.setattr(tiles, "MOST_ROWS", 256)
+    spans = [(0, 700, 0, 0), (700, 733, 0, 0)]
+    for length, trunk in ((301, (0, 700)), (5, (700, 733)), (33, (0, 700)), (1, (0, 700)), (129, (700, 733))):
+        spans.append((spans[-1][1], spans[-1][1] + length, *trunk))
+    _check(triton_impl.prefix_attention, spans, spans[-1][1], heads, kv_heads, dim, dtype, "cuda")

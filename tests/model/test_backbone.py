@@ -3,10 +3,13 @@ import numpy as np
 import pytest
 import torch
 
+from copd_megatron.config.model import ModelConfig
+from copd_megatron.model.attention import choose_attention
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack, pack_tokens
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
+from copd_megatron.types import UserError
 from support.live_bytes import storage_bytes
 from support.random_backbone import SPEC, make_backbone, make_prompt, make_visual, one_rank_groups
 from support.ranks import run_ranks
@@ -57,6 +60,24 @@ def test_sharing_equals_naive(groups, scope, first_layer, attention, recompute):
         layer = int(name[1].split(".")[1])
         assert layer >= first_layer
     assert max(g.abs().max() for g in grads.values()) > 1e-2
+
+
+@pytest.mark.parametrize("scope, first_layer", [("sequence", 0), ("completion", 1)])
+def test_triton_attention_is_the_reference(groups, scope, first_layer):
+    options = {"scope": scope, "first_layer": first_layer, "dtype": "float32"}
+    (want, want_grads, _), (got, grads, _) = (_run(groups, attention=name, **options)
+                                              for name in ("reference", "triton"))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    largest = max(grad.abs().max() for grad in want_grads.values())
+    for name, grad in want_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=0, atol=float(1e-5 * largest), msg=str(name))
+
+
+@pytest.mark.parametrize("head_dim, dtype, why", [(8, torch.float64, "float64 is for"), (258, torch.float32, "258")])
+def test_triton_attention_is_refused_where_it_cannot_run(head_dim, dtype, why):
+    model = ModelConfig(path="-", attention="triton")
+    with pytest.raises(UserError, match=rf"^model\.attention: triton: .*{why}.*; auto, flash and reference"):
+        choose_attention(model, head_dim, dtype)
 
 
 def test_a_capture_keeps_keys_and_values_and_nothing_else_alive(groups):

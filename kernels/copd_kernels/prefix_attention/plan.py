@@ -1,18 +1,23 @@
-"""Which tokens meet in which dense product: spans sorted into padded blocks, once per microbatch.
+"""Which tokens meet in which product: spans sorted once per microbatch, by whoever asks first.
 
-Causal products need no mask when shorter spans are padded on the right; products with a trunk need
-none when every trunk of the block has the same length. So no block ever carries a mask.
+For torch's kernels spans are sorted into padded blocks. Causal products need no mask when shorter spans are padded on
+the right; products with a trunk need none when every trunk of the block has the same length. So no block ever
+carries a mask. The Triton form needs no blocks; its tables are in ``tiles``.
 """
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+MOST_DIM = 256
+"""The largest head dim of the Triton form."""
 
 PADDING_LIMIT = 1.25
 """A causal block may hold at most this many times its real tokens."""
@@ -79,33 +84,49 @@ class Meeting:
     keys: Block
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """All blocks of one stream."""
+    """The spans of one stream, and what was derived from them."""
 
-    causal: tuple[Meeting, ...]
-    """Pieces against themselves."""
-    earlier: tuple[Meeting, ...]
-    """Pieces against the rows of their span before them; none where queries are the whole stream."""
-    trunk: tuple[Meeting, ...]
-    """Leaves against their trunks."""
+    pieces: tuple[Span, ...]
+    """Those that have rows."""
     tokens: int
     """Query rows."""
+    device: torch.device
 
     @classmethod
     def build(cls, spans: Sequence[tuple[int, ...]], tokens: int, device: torch.device) -> Plan:
-        """Sort spans (see ``reference.prefix_attention``) into blocks."""
-        pieces = [Span(*span) for span in spans]
-        causal = [_causal(line, device) for line in _lines(pieces)]
-        trunk_members, earlier_members = defaultdict(list), defaultdict(list)
-        for piece in pieces:
+        """Of spans as ``reference.prefix_attention`` takes them."""
+        return cls(tuple(piece for piece in (Span(*span) for span in spans) if piece.length), tokens, device)
+
+    @cached_property
+    def causal(self) -> tuple[Meeting, ...]:
+        """Pieces against themselves."""
+        return tuple(_causal(line, self.device) for line in _lines(self.pieces))
+
+    @cached_property
+    def earlier(self) -> tuple[Meeting, ...]:
+        """Pieces against the rows of their span before them; none where queries are the whole stream."""
+        members = defaultdict(list)
+        for piece in self.pieces:
             first, stop = piece.keys
-            own = np.arange(piece.start, piece.stop)
-            if piece.trunk_stop > piece.trunk_start:
-                trunk_members[piece.trunk_start, piece.trunk_stop].append(own)
             if stop - first > piece.length:
-                earlier_members[first, stop - piece.length].append(own)
-        return cls(tuple(causal), _dense(earlier_members, device), _dense(trunk_members, device), tokens)
+                members[first, stop - piece.length].append(np.arange(piece.start, piece.stop))
+        return _dense(members, self.device)
+
+    @cached_property
+    def trunk(self) -> tuple[Meeting, ...]:
+        """Leaves against their trunks."""
+        members = defaultdict(list)
+        for piece in self.pieces:
+            if piece.trunk_stop > piece.trunk_start:
+                members[piece.trunk_start, piece.trunk_stop].append(np.arange(piece.start, piece.stop))
+        return _dense(members, self.device)
+
+    @cached_property
+    def tables(self) -> dict:
+        """What ``tiles`` derived for a size of tile; filled there."""
+        return {}
 
 
 def _lines(pieces: Sequence[Span]) -> list[list[Span]]:
