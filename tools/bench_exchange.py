@@ -199,17 +199,34 @@ def cases(experts: int, options: argparse.Namespace) -> Iterator[Case]:
             yield Case(experts, options.topologies[0], signal, adapters=False)
 
 
-def run_rank(experts: int, world: World, options: argparse.Namespace) -> list[dict]:
-    """Body of one rank."""
+def run_rank(experts: int, world: World, options: argparse.Namespace, where: dict, earlier: Sequence[dict]
+             ) -> list[dict]:
+    """Body of one rank: the rows of so many experts, saved behind ``earlier`` ones as they come."""
     ranks, rows = dist.get_world_size(), []
     groups = Groups.create(Layout(replicas=ranks), Placement.build([f"e{n}" for n in range(experts)], ranks))
     bank = make_bank(groups, options.adapter_layers, options.rank)
     for case in cases(experts, options):
+        if dist.get_rank() == 0:
+            print(f"measuring {experts} experts, {case.topology}, {case.signal} ...", file=sys.stderr, flush=True)
         found = measure(case, groups, world, bank, options)
         rows += found
         if dist.get_rank() == 0:
             show(found)
+            save([*earlier, *rows], where, options)
     return rows
+
+
+def save(rows: Sequence[dict], where: dict, options: argparse.Namespace) -> None:
+    """Write all rows so far to `--json`, in place of what is there."""
+    if options.json is None:
+        return
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    content = {"rows": rows, "machine": where, "arguments": given, "exponents": [
+        {"topology": t, "transport": w, "exponent": p} for t, w, p in growth(rows)]}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    new = options.json.with_name(options.json.name + ".new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(options.json)
 
 
 HEADINGS = (f"{'experts':>7}{'topology':>10} {'transport':<16}{'signal':<14}{'bytes/token':>11}{'full vocab /':>13}"
@@ -282,7 +299,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             ("adapter-layers", 1, "layers with adapters, as wide as a 4B model's"),
             ("repeats", 5, "runs after the first, which warms up")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, row after row")
     options = parser.parse_args(arguments)
     for name in ("ranks", "tokens", "vocabulary", "topk", "hidden", "rank", "adapter_layers", "repeats"):
         if getattr(options, name) < 1:
@@ -304,19 +321,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     world = World.draw(options.vocabulary, options.topk, options.hidden)
     try:
         for experts in options.experts:
-            rows += fork_ranks(min(experts, options.ranks), run_rank, experts, world, options)
+            rows += fork_ranks(min(experts, options.ranks), run_rank, experts, world, options, where, rows)
     except ArithmeticError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(worst(rows))
-    exponents = list(growth(rows))
-    for topology, transport, power in exponents:
+    for topology, transport, power in growth(rows):
         print(f"{topology}, {transport}: bytes grow as experts^{power:.2f}")
-    if options.json:
-        given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"rows": rows, "machine": where, "arguments": given, "exponents": [
-            {"topology": t, "transport": w, "exponent": p} for t, w, p in exponents]}, indent=1) + "\n")
     return 0
 
 

@@ -83,8 +83,8 @@ class Answers:
             if len(self._flying) == IN_FLIGHT:
                 self._land()
             peers = range(self.wire.size)
-            out = [[piece for part in self._to_send[self._next, peer] if peer != self.here
-                    for piece in self.codecs[part.kind].pack([signals[i] for i in part.places])] for peer in peers]
+            out = [[self.codecs[part.kind].pack([signals[i] for i in part.places])
+                    for part in self._to_send[self._next, peer] if peer != self.here] for peer in peers]
             sizes = [sum(map(self._size, self._to_come[self._next, peer])) if peer != self.here else 0
                      for peer in peers]
             self._flying.append((self._next, self.wire.trade(out, sizes)))

@@ -6,6 +6,8 @@ head is scaled by one factor per token, so that both sum to 1 again:
 
     log p_k = round(log p_k) + log(1 - tail) - log sum_j exp(round(log p_j))
 
+Both sums are taken in float64, lest their order, which depends on what lies beside a token, shows in float32.
+
 The other way round, a tail that is what rounding left of 1, is off by as much as all rounding errors
 together: beside a peaked head it is often 0, which a reverse KL punishes by tens of nats times the student's
 own tail. The sampled token's log-prob is not narrowed, so that equal experts differ by exactly 0.
@@ -15,19 +17,19 @@ Shape suffixes: T completion tokens, K top-k ids, H hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from copd_megatron.exchange.wire import as_bytes, from_bytes
-from copd_megatron.losses.topk_kl import log_tail
+from copd_megatron.exchange.wire import from_bytes
+from copd_megatron.platform import device
 
 Kind = Literal["sampled", "topk", "student_topk", "full"]
-BLOCK = 4096
-"""Tokens."""
+BLOCK = {"cpu": 2**16, "cuda": 2**24}
+"""Log-probs that are float64 at a time: such that they stay in a core's cache; in few launches."""
 WIRE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -77,25 +79,42 @@ class Codec:
 
     def bytes_per_token(self) -> int:
         """Payload of one completion token."""
-        return sum(dtype.itemsize * math.prod(row) for dtype, row in self._columns())
+        return sum(dtype.itemsize * math.prod(row) for dtype, row in self._columns().values())
 
+    @torch.no_grad()
     def round(self, signals: Sequence[Signal]) -> list[Signal]:
-        """The signals as the other side will read them."""
-        read = self._read(self._narrow(signals), [len(signal.logprobs_T) for signal in signals]) if signals else []
-        if self.kind == "student_topk":
-            return [replace(new, topk_ids_TK=signal.topk_ids_TK) for new, signal in zip(read, signals)]
-        return read
-
-    def pack(self, signals: Sequence[Signal]) -> list[Tensor]:
-        """Pieces of a message, [bytes] uint8 each: one column of all tokens after the other.
+        """The signals as the other side will read them; ids are the given tensors.
 
         Raises:
             ValueError: a signal of another kind, K or H.
         """
-        return [as_bytes(column) for column in self._narrow(signals)] if signals else []
+        if not signals:
+            return []
+        columns, wire = self._joined(signals), self._columns()
+        for name, column in columns.items():
+            column.copy_(column.to(wire[name][0]))
+        return self._read(columns, [signal.topk_ids_TK for signal in signals], [len(s.logprobs_T) for s in signals])
 
+    @torch.no_grad()
+    def pack(self, signals: Sequence[Signal]) -> Tensor:
+        """A message, [bytes] uint8: one column of all tokens after the other.
+
+        Raises:
+            ValueError: a signal of another kind, K or H.
+        """
+        tokens = sum(len(signal.logprobs_T) for signal in signals)
+        message = torch.empty(tokens * self.bytes_per_token(), dtype=torch.uint8, device=device())
+        if signals:
+            places = self._views(message, tokens)
+            for name, column in self._joined(signals).items():
+                places[name].copy_(column)
+            if self.kind == "topk":
+                torch.cat([signal.topk_ids_TK for signal in signals], out=places["topk_ids_TK"])
+        return message
+
+    @torch.no_grad()
     def unpack(self, message: Tensor, lengths: Sequence[int]) -> list[Signal]:
-        """Inverse of ``pack``, its pieces in a row, for signals of the given lengths; equal to ``round`` of them.
+        """Inverse of ``pack`` for signals of the given lengths, in memory of their own; equal to ``round`` of them.
 
         Signals of kind ``student_topk`` come without their ids.
 
@@ -106,61 +125,66 @@ class Codec:
         if message.shape != (tokens * self.bytes_per_token(),):
             raise ValueError(f"{tuple(message.shape)} bytes; signals of lengths {list(lengths)} have "
                              f"{(tokens * self.bytes_per_token(),)}")
-        parts = message.split([tokens * dtype.itemsize * math.prod(row) for dtype, row in self._columns()])
-        return self._read([from_bytes(part, dtype).view(tokens, *row)
-                           for part, (dtype, row) in zip(parts, self._columns())], lengths)
+        columns = self._views(message, tokens)
+        ids = columns.pop("topk_ids_TK").long().split(list(lengths)) if self.kind == "topk" else [None] * len(lengths)
+        return self._read(columns, ids, lengths, copy=True)
 
-    def _columns(self) -> list[tuple[torch.dtype, tuple[int, ...]]]:
-        """(dtype, shape) of what a token carries, in order; wide numbers first, so that they lie aligned."""
+    def _columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """(dtype, shape) of what a token carries, by field of `Signal`; wide numbers first: they lie aligned."""
         own = (self.decoded_dtype, ())
+        columns = {"logprobs_T": own}
         if self.kind in ("topk", "student_topk"):
-            ids = [(torch.int32, (self.topk,))] if self.kind == "topk" else []
-            return [own, own, *ids, (self.dtype, (self.topk,))]
-        return [own, (self.dtype, (self.hidden_size,))] if self.kind == "full" else [own]
-
-    def _narrow(self, signals: Sequence[Signal]) -> list[Tensor]:
-        """The columns of all tokens, as they travel."""
-        if other := [signal.kind for signal in signals if signal.kind != self.kind]:
-            raise ValueError(f"a signal of kind {other[0]}; this codec packs {self.kind}")
-        columns = [torch.cat([signal.logprobs_T for signal in signals])]
-        if self.kind in ("topk", "student_topk"):
-            head_TK = torch.cat([signal.topk_logprobs_TK for signal in signals])
-            ids = [torch.cat([signal.topk_ids_TK for signal in signals])] if self.kind == "topk" else []
-            columns += [_in_blocks(lambda block: log_tail(block.double()), head_TK), *ids, head_TK]
+            columns |= {"log_tail_T": own, "topk_logprobs_TK": (self.dtype, (self.topk,))}
+        if self.kind == "topk":
+            columns["topk_ids_TK"] = (torch.int32, (self.topk,))
         if self.kind == "full":
-            columns.append(torch.cat([signal.hidden_TH for signal in signals]))
-        for column, (_, row) in zip(columns, self._columns()):
-            if column.shape[1:] != row:
-                raise ValueError(f"signals of kind {self.kind} hold {tuple(column.shape)}; {['tokens', *row]}")
-        return [column.to(dtype) for column, (dtype, _) in zip(columns, self._columns())]
+            columns["hidden_TH"] = (self.dtype, (self.hidden_size,))
+        return dict(sorted(columns.items(), key=lambda column: -column[1][0].itemsize))
 
-    def _read(self, columns: Sequence[Tensor], lengths: Sequence[int]) -> list[Signal]:
-        """Signals, in memory of their own, of what travelled."""
-        wide = [column.to(self.decoded_dtype if column.is_floating_point() else torch.int64, copy=True)
-                for column in columns]
-        if self.kind in ("topk", "student_topk") and self.dtype != self.decoded_dtype:
-            wide[-1] = _in_blocks(_scaled_to, wide[-1], wide[1])
-        return [self._signal(*part) for part in zip(*(column.split(list(lengths)) for column in wide))]
+    def _views(self, message: Tensor, tokens: int) -> dict[str, Tensor]:
+        """The columns of a message, [tokens, ...] each; its own memory where it lies aligned."""
+        columns = self._columns()
+        parts = message.split([tokens * dtype.itemsize * math.prod(row) for dtype, row in columns.values()])
+        return {name: from_bytes(part, dtype).view(tokens, *row)
+                for part, (name, (dtype, row)) in zip(parts, columns.items())}
 
-    def _signal(self, own_T: Tensor, *others: Tensor) -> Signal:
-        """One signal of its columns."""
-        if self.kind in ("topk", "student_topk"):
-            tail_T, *ids_TK, head_TK = others
-            return Signal(self.kind, own_T, *(ids_TK or [None]), head_TK, tail_T)
-        return Signal(self.kind, own_T, hidden_TH=others[0] if self.kind == "full" else None)
+    def _joined(self, signals: Sequence[Signal]) -> dict[str, Tensor]:
+        """Columns of all tokens as the teacher has them, tails included, in new memory. Ids, half of what a teacher
+        says, stay where they are."""
+        wanted = {name: row for name, (_, row) in self._columns().items() if name != "log_tail_T"}
+        for signal in signals:
+            if signal.kind != self.kind:
+                raise ValueError(f"a signal of kind {signal.kind}; this codec packs {self.kind}")
+            for name, row in wanted.items():
+                if (shape := tuple(getattr(signal, name).shape))[1:] != row:
+                    raise ValueError(f"signals of kind {self.kind} hold {shape}; {['tokens', *row]}")
+        columns = {name: torch.cat([getattr(signal, name) for signal in signals])
+                   for name in wanted if name != "topk_ids_TK"}
+        if "topk_logprobs_TK" in columns:
+            columns["log_tail_T"] = torch.log1p(-_mass(columns["topk_logprobs_TK"]).clamp_max(1))  # as topk_kl.log_tail
+        return columns
+
+    def _read(self, columns: Mapping[str, Tensor], ids: Sequence[Tensor | None], lengths: Sequence[int],
+              copy: bool = False) -> list[Signal]:
+        """Signals of what travelled; with ``copy`` they share no memory with the columns."""
+        wide = {name: column.to(self.decoded_dtype, copy=copy) for name, column in columns.items()}
+        if "topk_logprobs_TK" in wide and self.dtype != self.decoded_dtype:
+            _scale_(wide["topk_logprobs_TK"], wide["log_tail_T"])
+        parts = zip(*(column.split(list(lengths)) for column in wide.values()))
+        return [Signal(self.kind, **dict(zip(wide, part)), topk_ids_TK=own) for part, own in zip(parts, ids)]
 
 
-def _in_blocks(function: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """``function`` of some tokens at a time, [T, ...] each: float64 copies of all would leave the caches."""
-    return torch.cat([function(*block) for block in zip(*(column.split(BLOCK) for column in columns))])
+def _mass(logprobs_TK: Tensor) -> Tensor:
+    """[T] float64 sums of probabilities; no maximum is taken out, as float64 reaches down to e^-745."""
+    tokens = max(1, BLOCK[logprobs_TK.device.type] // max(1, logprobs_TK.shape[1]))
+    return torch.cat([block.to(torch.float64, copy=True).exp_().sum(1) for block in logprobs_TK.split(tokens)])
 
 
-def _scaled_to(logprobs_TK: Tensor, log_tail_T: Tensor) -> Tensor:
-    """Rounded log-probs, scaled so that head and tail sum to 1; in float64, lest the order of sums shows.
+def _scale_(logprobs_TK: Tensor, log_tail_T: Tensor) -> None:
+    """Scale rounded log-probs, in place, so that head and tail sum to 1.
 
     A head of less mass than float32 can say (a teacher that knows nothing of the student's ids) stays as it is.
     """
-    rounded = logprobs_TK.double()
     head_T = (-torch.expm1(log_tail_T.double())).log()
-    scale_T = (head_T - rounded.logsumexp(1)).masked_fill(head_T.isinf(), 0)
-    return rounded.add_(scale_T[:, None]).to(logprobs_TK.dtype)
+    scale_T = (head_T - _mass(logprobs_TK).log()).masked_fill(head_T.isinf(), 0)
+    logprobs_TK += scale_T[:, None].to(logprobs_TK.dtype)

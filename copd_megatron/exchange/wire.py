@@ -67,14 +67,15 @@ class Wire:
         the group call it.
 
         Args:
+            out: not to be written to before the trade has been waited for.
             sizes_in: bytes that come from each peer, which this rank must know.
         """
         seal = [torch.zeros(CHECKSUM_BYTES, dtype=torch.uint8, device=device())] if self.checked else []
         parts = [[*pieces, *seal] for pieces in out]
         sizes = [size + CHECKSUM_BYTES * self.checked for size in sizes_in]
         sizes_out = [_length(pieces) for pieces in parts]
-        empty = torch.empty(0, dtype=torch.uint8, device=device())
-        sent = torch.cat([empty, *chain.from_iterable(parts)])
+        pieces = [*chain.from_iterable(parts)] or [torch.empty(0, dtype=torch.uint8, device=device())]
+        sent = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         for message in sent.split(sizes_out) if self.checked else ():
             message[-CHECKSUM_BYTES:] = checksum(message[:-CHECKSUM_BYTES])
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=sent.device)

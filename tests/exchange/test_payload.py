@@ -30,7 +30,7 @@ def codec_of(kind, wire="float32", k=8, **settings_):
 
 def message_of(codec, signals):
     """What a peer gets, behind a byte of something else."""
-    return torch.cat([torch.zeros(1, dtype=torch.uint8), *codec.pack(signals)])[1:]
+    return torch.cat([torch.zeros(1, dtype=torch.uint8), codec.pack(signals)])[1:]
 
 
 def tensors_of(signal):

@@ -62,21 +62,26 @@ def test_rows_say_what_moved_and_how_long_it_took(tmp_path):
 
 OFF = """
 from dataclasses import replace
-draw = bench.World.draw
+signal = bench.World.signal
 
-def off(*args):
-    world = draw(*args)
-    wrong = world.scored_topk_MK.clone()
+def off(self, request):
+    said = signal(self, request)
+    wrong = said.topk_logprobs_TK.clone()
     wrong[:, 1] += 0.05
-    return replace(world, scored_topk_MK=wrong)
+    return replace(said, topk_logprobs_TK=wrong) if request.teacher == "e2" else said
 
-bench.World.draw = off
+bench.World.signal = off
 """
 
 
-def test_what_arrives_is_compared_with_the_dense_distribution():
-    done = run([*SMALL, "--experts", "2", "--signals", "topk", "--topologies", "ring"], OFF)
+def test_what_arrives_is_compared_with_the_dense_distribution(tmp_path):
+    file = tmp_path / "exchange.json"
+    done = run([*SMALL, "--experts", "2", "3", "--signals", "topk", "--topologies", "ring", "--json", str(file)], OFF)
     assert done.returncode == 1 and "off the dense one" in done.stderr
+    # A run that ends early leaves its rows.
+    assert [(row["experts"], row["transport"]) for row in json.loads(file.read_text())["rows"]] == [
+        (2, "scatter"), (2, "gather_adapters")]
+    assert [path.name for path in tmp_path.iterdir()] == ["exchange.json"]
 
 
 def test_the_fit_finds_the_exponent(bench):
