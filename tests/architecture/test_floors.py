@@ -195,7 +195,7 @@ def test_kernels_folder_is_no_package():
 
 def test_tests_mirror_the_package():
     places = {path.name for path in (ROOT / PACKAGE).iterdir() if path.is_dir()}
-    others = {"architecture", "packaging", "support", "kernels", "tools", "examples"}
+    others = {"architecture", "packaging", "support", "kernels", "tools", "examples", "benchmarks"}
     for path in (ROOT / "tests").iterdir():
         if path.is_dir() and any(path.rglob("*.py")):
             assert path.name in places | others, f"tests/{path.name} mirrors no folder of {PACKAGE}"
