@@ -11,8 +11,11 @@ Decided from files, without importing them, because importing the wrong one is w
 
 from __future__ import annotations
 
+import logging
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 APEX_EXTENSIONS = {
     "fused Adam": "amp_C",
@@ -44,6 +47,47 @@ def apex_problem() -> str | None:
             "or pip uninstall apex"
         )
     return None
+
+
+Maker = Literal["torch", "te", "apex"]
+"""Who computes what all three can: plain torch, Transformer Engine, NVIDIA Apex."""
+
+_HOW = {"te": "pip install --no-build-isolation 'copd-megatron[te]'",
+        "apex": "build NVIDIA/apex from source with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"}
+
+
+def choose_maker(field: str, wanted: str, part: str, cuda: bool) -> Maker:
+    """Who acts for a field of the configuration: "auto" is Transformer Engine, else a sound Apex, else torch.
+
+    Args:
+        part: what Apex must have been built with, see ``APEX_EXTENSIONS``.
+        cuda: whether fused kernels can run: on a CUDA device, and not in float64.
+
+    Raises:
+        UserError: what was asked for is not there.
+    """
+    there: list[Maker] = ["torch"]
+    if cuda and part in apex_capabilities():
+        there.insert(0, "apex")
+    if cuda and find_spec("transformer_engine") is not None:
+        there.insert(0, "te")
+    if wanted == "auto":
+        _say(field, there[0])
+        return there[0]
+    if wanted not in there:
+        from copd_megatron.types import UserError
+
+        needs = "it is missing" if cuda else "it needs a CUDA device and no float64"
+        raise UserError(f"{field}: {wanted}, but {needs}; possible here: {', '.join(there)}; {_HOW[wanted]}, or set "
+                        f"{field}=auto")
+    return wanted
+
+
+@lru_cache
+def _say(field: str, maker: Maker) -> None:
+    """One line per process, where it is not the definition."""
+    if maker != "torch":
+        logging.getLogger(__name__).info("%s: auto takes %s", field, maker)
 
 
 def transformer_engine_problem(cuda_available: bool) -> str | None:

@@ -80,7 +80,7 @@ def run_merge(options: argparse.Namespace) -> int:
     save, spec, backbone = _inputs(options)
     made = _merged(options, save, spec)
     refuse_activated(made.adapter)
-    rounded = rounded_weights(spec) if options.quantize else frozenset()
+    rounded = rounded_weights(backbone, spec) if options.quantize else {}
     _check_out(options)
     with _watched(options, "merge", backbone, rounded) as advance:
         save_merged(options.out, backbone, made.adapter, TEXT_PREFIX[spec.family], DTYPES.get(options.dtype),
@@ -95,11 +95,11 @@ def run_quantize(options: argparse.Namespace) -> int:
         raise UserError("--backbone: missing; what is to be quantised is a run's backbone or a Hugging Face directory; "
                         "give --run or --backbone")
     _, spec, backbone = _inputs(options)
-    rounded = rounded_weights(spec)
+    rounded = rounded_weights(backbone, spec)
     _check_out(options)
     with _watched(options, "quantize", backbone, rounded) as advance:
         save_quantised(options.out, backbone, rounded, DTYPES.get(options.dtype), advance)
-    print(f"written: {options.out} ({len(rounded)} weights in FP8 rows)")
+    print(f"written: {options.out} ({len(rounded)} tensors in FP8 rows)")
     return 0
 
 
@@ -221,7 +221,7 @@ def _watched(options: argparse.Namespace, title: str, backbone: Path,
     """Progress while weights are written and, with --profile, the most memory it took."""
     files, chosen = check_files(backbone), DTYPES.get(options.dtype)
     entries = files.values()
-    total = sum(math.prod(e.shape) + 4 * e.shape[0] if name in rounded else
+    total = sum(math.prod(e.shape) if name in rounded else
                 math.prod(e.shape) * chosen.itemsize if chosen else e.end - e.begin for name, e in files.items())
     with ByteProgress(title, total) as progress:
         if not options.profile:

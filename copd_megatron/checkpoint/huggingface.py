@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.w8a8 import quantization_config
-from copd_megatron.checkpoint.weight_stream import Edit, rewrite_file, tensor_ranges
+from copd_megatron.checkpoint.weight_stream import Edit, Matrices, rewrite_file, tensor_ranges
 from copd_megatron.checkpoint.whole_folder import whole_folder
 from copd_megatron.model.safetensor_reader import INDEX_FILE, check_files
 from copd_megatron.types import UserError
 
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 """Endings of files that hold the backbone's weights, which the merged directory must not repeat."""
+
+NOTHING: Mapping[str, Matrices] = MappingProxyType({})
 
 ADAPTER_CONFIG = "adapter_config.json"
 """Of an adapter that lies in the backbone's directory: transformers would lay it over the merged weights."""
@@ -44,7 +47,8 @@ def refuse_activated(adapter: Adapter) -> None:
 
 def save_merged(folder: Path, backbone: Path, adapter: Adapter, prefix: str, dtype: torch.dtype | None = None,
                 about: Callable[[], Mapping[str, Any]] = dict,
-                advance: Callable[[int], object] = lambda count: None, rounded: Collection[str] = ()) -> None:
+                advance: Callable[[int], object] = lambda count: None,
+                rounded: Mapping[str, Matrices] = NOTHING) -> None:
     """Write the merged directory, whole or not at all; every other file is the backbone's. One rank calls it.
 
     The delta is computed in float32 (float64 for float64 weights) and rounded once to the dtype of the
@@ -77,7 +81,7 @@ def save_merged(folder: Path, backbone: Path, adapter: Adapter, prefix: str, dty
         (unfinished / "merge.json").write_text(json.dumps(noted, indent=2) + "\n")
 
 
-def save_quantised(folder: Path, backbone: Path, rounded: Collection[str], dtype: torch.dtype | None = None,
+def save_quantised(folder: Path, backbone: Path, rounded: Mapping[str, Matrices], dtype: torch.dtype | None = None,
                    advance: Callable[[int], object] = lambda count: None) -> None:
     """Write the backbone with some weights in FP8 rows, whole or not at all; arguments as in ``save_merged``.
 
@@ -89,7 +93,7 @@ def save_quantised(folder: Path, backbone: Path, rounded: Collection[str], dtype
 
 
 def _write_weights(unfinished: Path, backbone: Path, edit: Callable[[str], Edit | None], dtype: torch.dtype | None,
-                   rounded: Collection[str], advance: Callable[[int], object]) -> None:
+                   rounded: Mapping[str, Matrices], advance: Callable[[int], object]) -> None:
     """The weight files of the backbone, changed, and everything that belongs to them; names are today's."""
     # Old checkpoints store tensors under other names than the model has today; the result keeps theirs.
     today = {(entry.file, entry.stored_name): name for name, entry in check_files(backbone).items()}
@@ -97,13 +101,13 @@ def _write_weights(unfinished: Path, backbone: Path, edit: Callable[[str], Edit 
     def edit_stored(file: Path, stored: str) -> Edit | None:
         return edit(today.get((file, stored), stored))
 
-    def is_rounded(file: Path, stored: str) -> bool:
-        return today.get((file, stored), stored) in rounded
+    def round_stored(file: Path, stored: str) -> Matrices | None:
+        return rounded.get(today.get((file, stored), stored))
 
     written = {}
     for file in sorted({file for file, _ in today}):
         written[file.name] = rewrite_file(file, unfinished / file.name, partial(edit_stored, file), dtype, advance,
-                                          partial(is_rounded, file))
+                                          partial(round_stored, file))
     # Last, so that no unfinished folder has a config.json.
     copy_companions(backbone, unfinished, dtype, written if rounded else None)
 

@@ -10,6 +10,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,19 +30,33 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FP8_NAME, SCALE_NAME = "F8_E4M3", "F32"
 _ITEM_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {FP8_NAME: 1}
 
+
+@dataclass(frozen=True)
+class Matrices:
+    """What a tensor that is rounded to FP8 rows becomes. Example: ``Matrices(("mlp.experts.0.down_proj.weight",
+    "mlp.experts.1.down_proj.weight"))`` of a stack of two."""
+
+    weights: tuple[str, ...] = ()
+    """Names of the matrices [out, in], of equally many rows, that its rows are, one after the other; (): it is one, and
+    keeps its name."""
+    transposed: bool = False
+    """A stack [n, in, out], each of whose entries is as many of the matrices as the next, side by side."""
+
+
 Edit = Callable[[slice, Tensor], Tensor]
 """(rows, their old values [rows, in]) -> their new values, of any dtype."""
 
 
 def rewrite_file(source: Path, target: Path, edit: Callable[[str], Edit | None], dtype: torch.dtype | None,
-                 advance: Callable[[int], object], rounded: Callable[[str], bool] = lambda name: False) -> list[str]:
+                 advance: Callable[[int], object],
+                 rounded: Callable[[str], Matrices | None] = lambda name: None) -> list[str]:
     """Write ``target`` with the tensors of ``source``, a file that ``safetensor_reader`` has checked.
 
     Args:
         edit: of a tensor's name: how its rows change; None where they do not.
         dtype: of all tensors in the target that are not rounded; None keeps each one's own.
         advance: told how many bytes were written, again and again.
-        rounded: of a matrix's name: whether the target has it in FP8 rows, with its scales beside it.
+        rounded: of a tensor's name: what it becomes in FP8 rows, each with its scales after it; None: it is kept.
 
     Returns:
         Names of the target's tensors.
@@ -61,7 +76,10 @@ def rewrite_file(source: Path, target: Path, edit: Callable[[str], Edit | None],
         advance(writer.write(_packed(new)))
         for name in ordered:
             reader.seek(data + header[name]["data_offsets"][0])
-            for block in _blocks(reader, header[name], edit(name), ranges[name]["dtype"]):
+            matrices = rounded(name)
+            blocks = (_blocks(reader, header[name], edit(name), DTYPES[ranges[name]["dtype"]]) if matrices is None
+                      else _rounded_blocks(reader, header[name], edit(name), matrices))
+            for block in blocks:
                 advance(writer.write(block))
     return list(ranges)
 
@@ -101,12 +119,16 @@ def _packed(header: dict[str, Any]) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def _becomes(name: str, entry: dict[str, Any], dtype: torch.dtype | None, rounded: bool) -> dict[str, Any]:
+def _becomes(name: str, entry: dict[str, Any], dtype: torch.dtype | None, rounded: Matrices | None) -> dict[str, Any]:
     """Names, types and shapes of what one tensor of the source becomes."""
-    if not rounded:
-        return {name: {"dtype": NAMES[dtype] if dtype else entry["dtype"], "shape": entry["shape"]}}
-    return {name: {"dtype": FP8_NAME, "shape": entry["shape"]},
-            scale_name(name): {"dtype": SCALE_NAME, "shape": [entry["shape"][0], 1]}}
+    shape = entry["shape"]
+    if rounded is None:
+        return {name: {"dtype": NAMES[dtype] if dtype else entry["dtype"], "shape": shape}}
+    names, width = rounded.weights or (name,), shape[-2] if rounded.transposed else shape[-1]
+    rows = math.prod(shape) // width // len(names)
+    return {target: kind for weight in names for target, kind in (
+        (weight, {"dtype": FP8_NAME, "shape": [rows, width]}),
+        (scale_name(weight), {"dtype": SCALE_NAME, "shape": [rows, 1]}))}
 
 
 def scale_name(weight: str) -> str:
@@ -124,24 +146,42 @@ def _laid_out(kinds: dict[str, Any]) -> dict[str, Any]:
     return ranges
 
 
-def _blocks(reader: BinaryIO, entry: dict[str, Any], edit: Edit | None, kind: str) -> Iterator[memoryview]:
-    """The bytes of one tensor, and of its scales, as they are to be written; ``reader`` stands at its first byte."""
-    old, shape, scales = DTYPES[entry["dtype"]], entry["shape"], []
-    rounded = kind == FP8_NAME
-    rows, width = (shape[0], math.prod(shape[1:])) if edit or rounded else (math.prod(shape), 1)
-    step = max(1, BLOCK_BYTES // (max(1, width) * old.itemsize))
+def _blocks(reader: BinaryIO, entry: dict[str, Any], edit: Edit | None, dtype: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of one tensor as they are to be written; ``reader`` stands at its first byte."""
+    shape = entry["shape"]
+    rows, width = (shape[0], math.prod(shape[1:])) if edit else (math.prod(shape), 1)
+    for values in _row_blocks(reader, entry, edit, rows, width):
+        yield as_bytes(values.to(dtype))
+
+
+def _row_blocks(reader: BinaryIO, entry: dict[str, Any], edit: Edit | None, rows: int,
+                width: int) -> Iterator[Tensor]:
+    """The next rows, [n, width] at a time; with ``edit`` after the change."""
+    kind = DTYPES[entry["dtype"]]
+    step = max(1, BLOCK_BYTES // (max(1, width) * kind.itemsize))
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        values = _read(reader, count * width, old)
-        if edit or rounded:
-            values = values.view(count, width)
-        if edit:
-            values = edit(slice(start, start + count), values)
-        if rounded:
-            values, scale = quantised(values, slice(None))
+        values = _read(reader, count * width, kind).view(count, width)
+        yield edit(slice(start, start + count), values) if edit else values
+
+
+def _rounded_blocks(reader: BinaryIO, entry: dict[str, Any], edit: Edit | None,
+                    matrices: Matrices) -> Iterator[memoryview]:
+    """The same in FP8: the rows of each matrix, then their scales. What is changed is one matrix."""
+    shape, count = entry["shape"], len(matrices.weights) or 1
+    width = shape[-2] if matrices.transposed else shape[-1]
+    rows = math.prod(shape) // width // count
+    turned: list[Tensor] = []
+    for _ in range(count):
+        if matrices.transposed and not turned:
+            stored = _read(reader, math.prod(shape[1:]), DTYPES[entry["dtype"]]).view(*shape[1:])
+            turned = list(stored.T.split(rows))
+        blocks = [turned.pop(0)] if matrices.transposed else _row_blocks(reader, entry, edit, rows, width)
+        scales = []
+        for values in blocks:
+            rounded, scale = quantised(values, slice(None))
             scales.append(scale)
-        yield as_bytes(values if rounded else values.to(DTYPES[kind]))
-    if rounded:
+            yield as_bytes(rounded)
         yield as_bytes(torch.cat(scales))
 
 

@@ -22,9 +22,15 @@ class ModelConfig(Section):
     """Attention backend. ``reference`` is plain torch; ``flash`` merges prefix and completion parts by
     log-sum-exp over torch's fused kernels; ``triton`` is one kernel for all parts, for CUDA, not in float64 (decoding
     keeps torch's kernels); ``auto`` is flash."""
-    fp8: Literal["none", "frozen_rowwise"] = "none"
+    fp8: Literal["none", "frozen_rowwise", "te_current", "te_blockwise"] = "none"
     """``frozen_rowwise``: the layers' linears are kept in FP8, 1 byte per parameter with one scale per output row, and
-    multiplied in FP8 with activations scaled per token, forward and backward; all else stays in ``dtype``."""
+    multiplied in FP8 with activations scaled per token, forward and backward; all else stays in ``dtype``.
+    ``te_current`` (one scale per tensor) and ``te_blockwise`` (1 x 128 and 128 x 128 blocks) are Transformer Engine's,
+    for Hopper and bfloat16, 2 bytes per parameter."""
+    norms: Literal["auto", "torch", "te", "apex"] = "auto"
+    """Who computes norms, each in one launch: ``te`` Transformer Engine (rotary embeddings as well), ``apex`` NVIDIA
+    Apex, both on CUDA; ``torch`` defines them; ``auto`` is the first of te and apex that is importable, else torch, as
+    it is on a CPU and in float64."""
     kernels: Literal["auto", "reference", "triton"] = "auto"
     """Operators over the vocabulary (top-k, log-probs, divergences), and all experts' adapters in one launch.
     ``reference`` is plain torch and defines them; ``triton`` is fused, for CUDA; ``auto`` is triton on CUDA and

@@ -56,7 +56,8 @@ class RunConfig(Section):
 
         Files and folders are not looked at: their paths may be relative to the recipe still.
         """
-        return next((text for bad, text in (*self._expert_rules(), *self._training_rules()) if bad), None)
+        return next((text for bad, text in (*self._expert_rules(), *self._fp8_rules(), *self._training_rules())
+                     if bad), None)
 
     def _expert_rules(self) -> Iterator[tuple[bool, str]]:
         """(broken?, what to say) of the experts and who exchanges with whom."""
@@ -73,6 +74,17 @@ class RunConfig(Section):
             yield (not EXPERT_NAME.fullmatch(name) or name in RESERVED_NAMES or name in self.experts,
                    f"exchange.frozen_teachers: {name!r}; a name has letters, digits, _ and -, and is neither an "
                    f"expert's nor one of {', '.join(sorted(RESERVED_NAMES))}; rename it")
+
+    def _fp8_rules(self) -> Iterator[tuple[bool, str]]:
+        """(broken?, what to say) of FP8 by Transformer Engine."""
+        model, store = self.model, self.rollout.prefix_store_bytes
+        yield model.fp8 == "te_current" and store > 0, (
+            f"rollout.prefix_store_bytes: {store} with model.fp8=te_current, whose scales are those of whole tensors, "
+            "so that a prompt's states depend on the rows beside it and are never found as they would be computed; set "
+            "rollout.prefix_store_bytes=0, or model.fp8=te_blockwise or frozen_rowwise")
+        yield model.fp8.startswith("te_") and model.dtype != "bfloat16", (
+            f"model.fp8: {model.fp8} with model.dtype={model.dtype}; bfloat16 is allowed; set model.dtype=bfloat16, or "
+            "model.fp8=none")
 
     def _training_rules(self) -> Iterator[tuple[bool, str]]:
         """(broken?, what to say) of sampling, losses, schedule and evaluation."""

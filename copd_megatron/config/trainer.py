@@ -19,6 +19,9 @@ class OptimizerConfig(Section):
     """AdamW epsilon."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
+    adam: Literal["auto", "torch", "te", "apex"] = "auto"
+    """Who updates: Transformer Engine's or NVIDIA Apex's fused Adam on CUDA, or torch's; ``auto`` is the first of te
+    and apex that is importable, else torch, as it is on a CPU and in float64."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Per-expert gradient clipping by global norm."""
     microbatch_tokens: int = Field(16384, ge=1)

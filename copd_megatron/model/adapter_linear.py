@@ -35,6 +35,7 @@ from copd_kernels.grouped_lora.segments import Segments
 from copd_kernels.rowwise_fp8.linear import frozen_linear
 from copd_megatron.model.adapter_bank import LoraFactors, Routing
 from copd_megatron.model.fp8 import is_fp8
+from copd_megatron.model.te import TeProduct
 
 
 class _Adapted:
@@ -48,20 +49,23 @@ class _Adapted:
     kernels: Backend
     """``triton``: all experts in one launch; ``reference``: one after the other."""
 
+    product: TeProduct | None = None
+    """What multiplies in the base's place: Transformer Engine's FP8."""
+
     def attach(self, parts: tuple[str, ...], routing: Routing, lora: Mapping, kernels: Backend) -> None:
         """Connect this linear to the bank. Called once, when the backbone is built."""
         self.parts, self.routing, self.lora, self.kernels = parts, routing, lora, kernels
 
     def _forward_impl(self, input, weight, bias, allreduce_dgrad, sequence_parallel, tp_group, **how):
-        """Megatron's product, or that of a weight in FP8 rows; both with the same collectives."""
-        if not is_fp8(weight):
+        """Megatron's product, or that of a weight in FP8; all with the same collectives."""
+        if self.product is None and not is_fp8(weight):
             return super()._forward_impl(input, weight, bias=bias, allreduce_dgrad=allreduce_dgrad,
                                          sequence_parallel=sequence_parallel, tp_group=tp_group, **how)
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        y = frozen_linear(input, weight, self.weight_scale, self.kernels)
+        y = self.product(input) if self.product else frozen_linear(input, weight, self.weight_scale, self.kernels)
         return y if bias is None else y + bias
 
     def add_adapters(self, x: Tensor, y: Tensor) -> Tensor:

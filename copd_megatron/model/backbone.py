@@ -29,14 +29,17 @@ from copd_kernels.backend import resolve
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.attention import KV, StreamAttention, choose_attention
-from copd_megatron.model.layer_spec import RMSNorm, build_layer, transformer_config
+from copd_megatron.model.fp8 import check_fp8
+from copd_megatron.model.layer_spec import build_layer, transformer_config
 from copd_megatron.model.moe_layer import choose_product
+from copd_megatron.model.norms import RMSNorm
 from copd_megatron.model.rope import rotary_frequencies
 from copd_megatron.model.row_share import RowShare
 from copd_megatron.model.shared_prefix import Pack, PackRules
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.stream import Level
 from copd_megatron.model.vocab_parallel import Head
+from copd_megatron.optional import choose_maker
 from copd_megatron.parallel.collectives import assert_same_on_all_ranks
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
@@ -80,12 +83,12 @@ class Backbone(nn.Module):
         spec.check_adapter(adapter)
         self.spec, self.groups, self.model_config = spec, groups, model
         self.dtype = DTYPES[model.dtype]
-        self.config = transformer_config(spec, groups, self.dtype)
+        norms = choose_maker("model.norms", model.norms, "fused layer norm",
+                             device().type == "cuda" and self.dtype != torch.float64)
+        self.config = transformer_config(spec, groups, self.dtype, norms)
         self.rules = PackRules(adapter.scope, adapter.first_layer, model.prefix_sharing, spec.rope)
         self.backend = choose_attention(model, spec.head_dim, self.dtype)
-        if model.fp8 != "none" and self.dtype == torch.float64:
-            raise UserError("model.fp8: frozen_rowwise with model.dtype=float64; float32 and bfloat16 are allowed; "
-                            "choose one, or model.fp8=none")
+        check_fp8(model.fp8, self.dtype, device())
         try:
             self.kernels = resolve(model.kernels, device(), self.dtype)
         except ValueError as error:
@@ -104,9 +107,9 @@ class Backbone(nn.Module):
         self.selective = model.recompute == "selective"
         experts = choose_product(model, spec, groups.layout, self.dtype)
         self.layers = nn.ModuleList(build_layer(spec, self.config, groups, self.bank, i, self.selective, self.kernels,
-                                                model.fp8, experts) for i in self.layer_range)
+                                                model.fp8, experts, norms) for i in self.layer_range)
         if groups.is_last_stage:
-            self.final_norm = RMSNorm(self.config, spec.hidden_size, spec.norm_eps).requires_grad_(False)
+            self.final_norm = RMSNorm(self.config, spec.hidden_size, spec.norm_eps, norms).requires_grad_(False)
             if spec.tied_head and groups.is_first_stage:
                 self.output_weight = self.embedding.weight
             else:

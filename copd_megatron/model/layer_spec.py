@@ -19,39 +19,18 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from copd_kernels.backend import Backend
 from copd_megatron.model.adapter_bank import AdapterBank
 from copd_megatron.model.adapter_linear import AdapterGateUpLinear, AdapterQKVLinear, AdapterRowLinear
 from copd_megatron.model.attention import PackCoreAttention
-from copd_megatron.model.fp8 import hold_in_fp8
+from copd_megatron.model.fp8 import hold_in_fp8, hold_in_te
 from copd_megatron.model.moe_layer import FrozenExperts, FrozenMoE, FrozenRouter, Product, moe_options
+from copd_megatron.model.norms import RMSNorm, again
 from copd_megatron.model.spec import BackboneSpec
+from copd_megatron.model.te import RECIPES
+from copd_megatron.optional import Maker
 from copd_megatron.parallel.groups import Groups
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 or wider, rounded once before the weight (as Hugging Face does).
-
-    Zhang and Sennrich 2019, arXiv:1910.07467. Megatron's local spec has a torch norm, but it refuses
-    sequence parallelism and rounds after the weight.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
-        super().__init__()
-        self.eps, self.recompute = eps, False
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype,
-                                              device=torch.cuda.current_device()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as x."""
-        return _again(self._norm, x) if self.recompute else self._norm(x)
-
-    def _norm(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
 
 
 class SwiGluMLP(MLP):
@@ -64,7 +43,7 @@ class SwiGluMLP(MLP):
         inner, bias = self.linear_fc1(hidden_states)
         if bias is not None:
             inner = inner + bias
-        return self.linear_fc2(_again(_swiglu, inner) if self.recompute else _swiglu(inner))
+        return self.linear_fc2(again(_swiglu, inner) if self.recompute else _swiglu(inner))
 
 
 def _swiglu(x: Tensor) -> Tensor:
@@ -72,18 +51,14 @@ def _swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def _again(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function(x)``, of which the backward keeps x only."""
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
-
-
 def _with_bias(linear: type[nn.Module], bias: bool) -> Callable[..., nn.Module]:
     """Builds the linear with or without bias; Megatron's configuration has one switch for all of them."""
     return lambda *args, **kwargs: linear(*args, **kwargs | {"bias": bias})
 
 
-def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of the backbone's layers under this layout."""
+def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype,
+                       norms: Maker = "torch") -> TransformerConfig:
+    """Megatron's configuration of the backbone's layers under this layout; ``norms`` as in ``build_layer``."""
     layout = groups.layout
     return TransformerConfig(
         num_layers=spec.num_layers, hidden_size=spec.hidden_size, ffn_hidden_size=spec.ffn_hidden_size,
@@ -104,12 +79,14 @@ def transformer_config(spec: BackboneSpec, groups: Groups, dtype: torch.dtype) -
         calculate_per_token_loss=True,
         perform_initialization=False, gradient_accumulation_fusion=False,
         bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False,
-        apply_rope_fusion=False, persist_layer_norm=False, **moe_options(spec, layout))
+        # Transformer Engine rotates without YaRN's factor.
+        apply_rope_fusion=norms == "te" and spec.rope.attention_factor == 1,
+        persist_layer_norm=False, **moe_options(spec, layout))
 
 
 def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, bank: AdapterBank,
                 index: int, recompute: bool = False, kernels: Backend = "reference",
-                fp8: str = "none", experts: Product = "reference") -> TransformerLayer:
+                fp8: str = "none", experts: Product = "reference", norms: Maker = "torch") -> TransformerLayer:
     """Layer ``index`` (global, 0-based) with its linears connected to the bank.
 
     Args:
@@ -117,18 +94,20 @@ def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, b
         kernels: what adds the adapters.
         fp8: how the linears' weights are kept.
         experts: what multiplies MoE experts.
+        norms: who computes norms.
     """
-    norm = RMSNorm if spec.qk_norm else IdentityOp
+    made = partial(RMSNorm, maker=norms)
+    norm = made if spec.qk_norm else IdentityOp
     submodules = TransformerLayerSubmodules(
-        input_layernorm=RMSNorm,
+        input_layernorm=made,
         self_attention=ModuleSpec(
             module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal},
             submodules=SelfAttentionSubmodules(
                 linear_qkv=AdapterQKVLinear, core_attention=PackCoreAttention,
                 linear_proj=_with_bias(AdapterRowLinear, spec.o_bias), q_layernorm=norm, k_layernorm=norm)),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=RMSNorm,
-        mlp=_moe_builder(spec, bank, experts) if spec.is_moe(index) else partial(
+        pre_mlp_layernorm=made,
+        mlp=_moe_builder(spec, bank, experts, fp8, kernels) if spec.is_moe(index) else partial(
             SwiGluMLP.as_mlp_submodule,
             submodules=MLPSubmodules(linear_fc1=_with_bias(AdapterGateUpLinear, spec.mlp_bias),
                                      linear_fc2=_with_bias(AdapterRowLinear, spec.mlp_bias))),
@@ -150,11 +129,15 @@ def build_layer(spec: BackboneSpec, config: TransformerConfig, groups: Groups, b
         linear.attach(parts, bank.routing, bank.lora_of(index, name), kernels)
         if fp8 == "frozen_rowwise":
             hold_in_fp8(linear, f"{name} of layer {index}")
+        elif fp8 in RECIPES:
+            hold_in_te(linear, f"{name} of layer {index}", fp8, config, groups.tp)
     attention.linear_qkv.attach_heads(spec.num_heads // tp, spec.kv_groups(tp) // tp, spec.head_dim)
     return layer.requires_grad_(False)
 
 
-def _moe_builder(spec: BackboneSpec, bank: AdapterBank, experts: Product) -> Callable[..., FrozenMoE]:
+def _moe_builder(spec: BackboneSpec, bank: AdapterBank, product: Product, fp8: str,
+                 kernels: Backend) -> Callable[..., FrozenMoE]:
     """What Megatron calls to make the MLP of a MoE layer."""
-    submodules = MoESubmodules(experts=partial(FrozenExperts, product=experts), router=FrozenRouter)
+    experts = partial(FrozenExperts, product=product, fp8=fp8, kernels=kernels)
+    submodules = MoESubmodules(experts=experts, router=FrozenRouter)
     return partial(FrozenMoE, submodules=submodules, routing=bank.routing, norm_topk=spec.moe.norm_topk)

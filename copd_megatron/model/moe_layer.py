@@ -31,9 +31,13 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from copd_kernels.backend import Backend
+from copd_kernels.rowwise_fp8.linear import frozen_linear
 from copd_megatron.config.model import ModelConfig
 from copd_megatron.model.adapter_bank import Routing
+from copd_megatron.model.fp8 import hold_in_fp8
 from copd_megatron.model.spec import BackboneSpec
+from copd_megatron.model.te import RECIPES
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.types import UserError
 
@@ -82,24 +86,29 @@ class FrozenRouter(TopKRouter):
 class FrozenExperts(SequentialMLP):
     """This rank's MoE experts. Their weights are Megatron's, side by side in one tensor per linear.
 
-    ``reference`` multiplies expert by expert, as ``SequentialMLP`` does; ``grouped`` all of them in one call.
+    ``reference`` multiplies expert by expert, as ``SequentialMLP`` does; ``grouped`` all of them in one call. In FP8
+    rows (``model.fp8``) they are multiplied one by one.
     """
 
     recompute = False
 
     def __init__(self, num_local_experts: int, config: TransformerConfig,
                  pg_collection: ProcessGroupCollection | None = None, name: str | None = None,
-                 product: Product = "reference"):
+                 product: Product = "reference", fp8: str = "none", kernels: Backend = "reference"):
         config = copy.copy(config)
         config.sequence_parallel = False  # what an expert is given are whole rows
         super().__init__(num_local_experts, config, MLPSubmodules(ColumnParallelLinear, RowParallelLinear),
                          pg_collection=pg_collection, name=name)
-        self.product = product
+        self.product, self.kernels, self.fp8 = product, kernels, fp8 == "frozen_rowwise"
         self.stacks = [self._stacked(linear) for linear in ("linear_fc1", "linear_fc2")]
 
-    def _stacked(self, linear: str) -> Tensor:
-        """[experts, out, in]: the weights move into it, so that both products read the same memory."""
+    def _stacked(self, linear: str) -> Tensor | None:
+        """[experts, out, in]: the weights move into it, so that both products read the same memory. None in FP8."""
         linears = [getattr(expert, linear) for expert in self.local_experts]
+        if self.fp8:
+            for one in linears:
+                hold_in_fp8(one, f"{linear} of a MoE expert")
+            return None
         stack = torch.stack([one.weight.data for one in linears])
         for one, weight in zip(linears, stack):
             one.weight.data = weight
@@ -123,11 +132,18 @@ class FrozenExperts(SequentialMLP):
         linears = [(expert.linear_fc1, expert.linear_fc2)[which] for expert in self.local_experts]
         if not len(x):
             # Whoever has no rows is still part of the graph: the backward of the exchange runs on every rank.
-            return linears[0](x)[0]
+            return self._one(linears[0], x)
         if self.product == "grouped":
             ends = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
             return F.grouped_mm(x, self.stacks[which].transpose(1, 2), offs=ends)
-        return torch.cat([linear(rows)[0] for linear, rows in zip(linears, x.split(counts)) if len(rows)])
+        parts = zip(linears, x.split(counts))
+        return torch.cat([self._one(linear, rows) for linear, rows in parts if len(rows)])
+
+    def _one(self, linear: ColumnParallelLinear | RowParallelLinear, rows: Tensor) -> Tensor:
+        """One MoE expert's product; whatever ranks exchange, they exchange outside."""
+        if self.fp8:
+            return frozen_linear(rows, linear.weight, linear.weight_scale, self.kernels)
+        return linear(rows)[0]
 
 
 def _weighted_swiglu(x: Tensor, weights: Tensor) -> Tensor:
@@ -139,13 +155,16 @@ def choose_product(model: ModelConfig, spec: BackboneSpec, layout: Layout, dtype
     """``model.moe_experts`` as it acts here: "auto" is "grouped" on CUDA where sizes and dtype permit it.
 
     Raises:
-        UserError: "grouped" was asked for, and they do not; or FP8, which MoE experts do not have.
+        UserError: "grouped" was asked for, and they do not, or there is FP8.
     """
     wanted = model.moe_experts
-    if spec.moe is not None and model.fp8 != "none":
-        raise UserError(f"model.fp8: {model.fp8} with a backbone that has MoE layers, whose moe_experts are not kept "
-                        "in FP8; allowed is none; set model.fp8=none")
-    if spec.moe is None or wanted == "reference":
+    if spec.moe is not None and model.fp8 in RECIPES:
+        raise UserError(f"model.fp8: {model.fp8} with a backbone that has MoE layers; frozen_rowwise and none are "
+                        "allowed; choose one")
+    if spec.moe is not None and wanted == "grouped" and model.fp8 != "none":
+        raise UserError(f"model.moe_experts: grouped with model.fp8={model.fp8}, whose products are one per MoE "
+                        "expert; auto and reference are allowed; set model.moe_experts=auto")
+    if spec.moe is None or wanted == "reference" or model.fp8 != "none":
         return "reference"
     ffn = spec.moe.ffn_hidden_size // layout.etp
     aligned = all(size * dtype.itemsize % GROUPED_ALIGNMENT_BYTES == 0 for size in (spec.hidden_size, ffn))

@@ -15,6 +15,7 @@ tensor-parallel shards (TP) are nothing but the choice of these slices:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from copd_megatron.model.moe_weights import (
 from copd_megatron.model.pieces import Piece
 from copd_megatron.model.safetensor_reader import SafetensorReader
 from copd_megatron.model.spec import BackboneSpec, Family
+from copd_megatron.model.te import rounds_what_is_copied
 from copd_megatron.types import UserError
 
 if TYPE_CHECKING:
@@ -95,12 +97,6 @@ def expected_shapes(spec: BackboneSpec, storage: Storage | None = None) -> dict[
                 shapes[f"{layer}{name}.bias"] = (rows,)
         shapes |= {f"{layer}{name}.weight": (size,) for name, size in norms.items()}
     return shapes
-
-
-def quantised_weights(spec: BackboneSpec) -> frozenset[str]:
-    """Names of the weights that ``model.fp8`` rounds: the linears of all layers, without routers and MoE experts."""
-    return frozenset(name for name, shape in expected_shapes(spec).items()
-                     if name.endswith("_proj.weight") and ".experts." not in name and len(shape) == 2)
 
 
 def check_tensors(spec: BackboneSpec, reader: SafetensorReader) -> None:
@@ -225,6 +221,8 @@ def load_backbone_weights(backbone: Backbone, path: str | Path) -> None:
             if is_fp8(parameter):
                 scales = backbone.get_buffer(f"{name.rpartition('.')[0]}.{SCALE}")
                 _fill_quantised(parameter, scales, pieces[name], reader)
+            elif rounds_what_is_copied(parameter):
+                _fill_whole(parameter, pieces[name], reader)
             else:
                 _fill(parameter, pieces[name], reader, padded=name in _TABLES)
         if spec.tied_head and HEAD_NAME in reader.entries:
@@ -277,12 +275,21 @@ def _fill(parameter: torch.nn.Parameter, pieces: list[Piece], reader: Safetensor
     parameter[row:] = 0
 
 
+@torch.no_grad()
+def _fill_whole(parameter: torch.nn.Parameter, pieces: list[Piece], reader: SafetensorReader) -> None:
+    """The same in one copy, of which Transformer Engine takes the scales."""
+    whole = torch.cat([piece.read(reader) for piece in pieces])
+    if whole.shape != parameter.shape:
+        raise ValueError(f"{[piece.name for piece in pieces]} give {list(whole.shape)} for {list(parameter.shape)}")
+    parameter.copy_(whole.to(parameter.device, parameter.dtype))
+
+
 def _fill_quantised(parameter: torch.nn.Parameter, scales: torch.Tensor, pieces: list[Piece],
                     reader: SafetensorReader) -> None:
     """The same in FP8 rows; whole rows are read even where the rank has some of their columns."""
     row = 0
     for piece in pieces:
-        values, rows_scales = quantised(reader.read(piece.name, piece.rows), piece.cols)
+        values, rows_scales = quantised(replace(piece, cols=slice(None)).read(reader), piece.cols)
         parameter[row : row + len(values)].copy_(values)
         scales[row : row + len(values)].copy_(rows_scales)
         row += len(values)

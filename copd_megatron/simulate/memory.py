@@ -24,6 +24,7 @@ from copd_megatron.model.backbone import DTYPES, stage_layers
 from copd_megatron.model.moe_weights import MoeShard
 from copd_megatron.model.pieces import Piece
 from copd_megatron.model.spec import BackboneSpec
+from copd_megatron.model.te import RECIPES
 from copd_megatron.model.translate import HEAD_NAME, TEXT_PREFIX, expected_shapes, layer_pieces
 from copd_megatron.model.vision import CACHE_BYTES, stage_needs_features
 from copd_megatron.parallel.layout import Coordinates, Layout
@@ -42,6 +43,8 @@ from copd_megatron.simulate.job import Job, Rows
 STEP_BYTES = 4
 """Adam's count of updates, one float32 per parameter."""
 SCALE_BYTES = 4
+TE_BYTES = 2
+"""Of a weight in FP8 by Transformer Engine on Hopper: as it is, and transposed for the gradient."""
 """float32 scale of a row in FP8."""
 MOE_EXPERTS = "moe experts"
 PHASES = ("rollout", "score", "update", "evaluate")
@@ -93,7 +96,8 @@ def backbone_bytes(spec: BackboneSpec, layout: Layout, stage: int, dtype: str, f
     """Bytes of the frozen shards of a stage: embedding, layers, MoE experts (if it has any), head. Every TP rank holds
     equally many.
 
-    ``fp8``: ``model.fp8``; in FP8 rows a linear has a byte per element and a float32 scale per row.
+    ``fp8``: ``model.fp8``; in FP8 rows a linear has a byte per element and a float32 scale per row, Transformer Engine
+    keeps each element twice.
     """
     storage = "fused" if spec.moe else None  # of the ways that MoE experts are stored, that with the fewest tensors
     shapes = expected_shapes(spec, storage)
@@ -106,7 +110,8 @@ def backbone_bytes(spec: BackboneSpec, layout: Layout, stage: int, dtype: str, f
             elements = sum(piece.elements(shapes[piece.name]) for piece in pieces)
             rows = sum(Piece(p.name, p.rows).elements(shapes[p.name][:1]) for p in pieces)
             rounded = fp8 != "none" and ".linear_" in name and name.endswith(".weight")
-            size = len(alike) * (elements + SCALE_BYTES * rows if rounded else item * elements)
+            in_fp8 = TE_BYTES * elements if fp8 in RECIPES else elements + SCALE_BYTES * rows
+            size = len(alike) * (in_fp8 if rounded else item * elements)
             if ".experts." in name:
                 experts += size
             else:

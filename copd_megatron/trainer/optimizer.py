@@ -1,6 +1,6 @@
 """One AdamW and one schedule per expert, gradients reduced in its adapter group only.
 
-AdamW: Loshchilov and Hutter 2019, arXiv:1711.05101. Learning rate: linear warm-up, then constant.
+Learning rate: linear warm-up, then constant.
 """
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from copd_megatron.config.trainer import OptimizerConfig
 from copd_megatron.model.adapter_bank import AdapterBank, Cut
+from copd_megatron.optional import choose_maker
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
+from copd_megatron.trainer.adamw import build_adamw, moments, restore
 
 
 class ExpertOptimizer:
@@ -21,9 +23,9 @@ class ExpertOptimizer:
         self.expert, self.bank, self.groups, self.config = expert, bank, groups, config
         self.parameters, self.dtype = bank.parameters_of(expert), bank.dtype
         self.updates = 0
-        # A dict is a parameter group: a stage below the first adapted layer has an empty one.
-        self.adamw = torch.optim.AdamW([{"params": list(self.parameters.values())}], lr=config.lr,
-                                       betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+        maker = choose_maker("optimizer.adam", config.adam, "fused Adam",
+                             device().type == "cuda" and self.dtype == torch.float32)
+        self.adamw = build_adamw(list(self.parameters.values()), config, maker)
 
     def learning_rate(self) -> float:
         """Of the next update: lr x min(1, (updates + 1) / warmup_steps)."""
@@ -93,14 +95,12 @@ class ExpertOptimizer:
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Adam moments by parameter name: {"layers.0...lora_A": {"exp_avg", "exp_avg_sq", "step"}}."""
-        state = self.adamw.state
-        return {name: dict(state[p]) for name, p in self.parameters.items() if p in state}
+        return {name: moments(self.adamw, p) for name, p in self.parameters.items() if p in self.adamw.state}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]], updates: int) -> None:
         """Inverse of ``state_dict``; parameters without state start afresh."""
         self.updates = updates
-        for name, moments in state.items():
-            self.adamw.state[self.parameters[name]] = dict(moments)
+        restore(self.adamw, {self.parameters[name]: own for name, own in state.items()})
 
 
 def _sum_flat(tensors: list[Tensor], group: dist.ProcessGroup) -> None:

@@ -52,7 +52,7 @@ ONLY_IN = {
     "os.getenv": {"launch/environment.py", "parallel/groups.py"},  # torchrun's rendezvous
     "parallel_state": {"parallel/"},
     "RunConfig": {"config/", "trainer/", "launch/", "simulate/study.py"},
-    "transformer_engine": {"optional.py", "model/fp8.py", "model/layer_spec.py", "launch/doctor.py"},
+    "transformer_engine": {"optional.py", "model/fp8.py", "model/te.py", "launch/doctor.py"},
     "import vllm": {"rollout/vllm_engine.py", "launch/doctor.py"},
     "from vllm": {"rollout/vllm_engine.py"},
     "nvidia_resiliency_ext": {"resilience/", "launch/doctor.py"},

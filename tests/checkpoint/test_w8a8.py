@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from copd_kernels.rowwise_fp8.reference import dequantise, quantise_rows
@@ -40,7 +41,7 @@ def backbone() -> Path:
 @pytest.fixture(scope="module")
 def exported(backbone, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("w8a8") / "fp8"
-    save_quantised(folder, backbone, rounded_weights(check_backbone(backbone)))
+    save_quantised(folder, backbone, rounded_weights(backbone, check_backbone(backbone)))
     return folder
 
 
@@ -78,7 +79,7 @@ def test_a_merged_policy_is_rounded_once(backbone, tmp_path):
     name, (a, b) = f"{PREFIX}layers.1.mlp.up_proj.weight", (torch.randn(2, 32), torch.randn(48, 2))
     adapter = Adapter({"layers.1.mlp.up_proj.lora_A": a, "layers.1.mlp.up_proj.lora_B": b}, 0.5)
     save_merged(tmp_path / "out", backbone, adapter, PREFIX, torch.bfloat16,
-                rounded=rounded_weights(check_backbone(backbone)))
+                rounded=rounded_weights(backbone, check_backbone(backbone)))
     before, after = weights_of(backbone), weights_of(tmp_path / "out")
     rows, scales = quantise_rows(before[name] + (b @ a).mul_(0.5))
     assert same_bytes(after[name], rows) and same_bytes(after[scale_name(name)], scales)
@@ -87,9 +88,45 @@ def test_a_merged_policy_is_rounded_once(backbone, tmp_path):
     assert config["dtype"] == "bfloat16" and "quantization_config" in config
 
 
+def stored(experts: dict[str, torch.Tensor], mlp: str, storage: str) -> dict[str, torch.Tensor]:
+    """The MoE experts of a layer in one of the ways that families store them."""
+    if storage == "split":
+        return experts
+    stacks = {}
+    for name, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+        stack = torch.stack([torch.cat([experts[f"{mlp}experts.{e}.{part}_proj.weight"] for part in parts])
+                             for e in range(6)])
+        stacks[f"{mlp}experts.{name}"] = stack.mT.contiguous() if storage == "transposed" else stack
+    return stacks
+
+
+@pytest.mark.parametrize("storage", ["split", "fused", "transposed"])
+def test_moe_experts_become_one_matrix_each(tmp_path, storage):
+    """However they are stored; the numbers are those of each expert's rows."""
+    family, changes = ("qwen3_vl_moe", {"rope_parameters": ROPE}) if storage == "transposed" else ("qwen3_moe", {})
+    backbone = shutil.copytree(tiny_model(family, head_dim=16, moe_intermediate_size=16, **changes), tmp_path / "moe")
+    tensors = {name: tensor for name, tensor in weights_of(backbone).items() if ".experts." not in name}
+    want = {}
+    for layer in (0, 1, 3):
+        mlp = f"{TEXT_PREFIX[family]}layers.{layer}.mlp."
+        own = {f"{mlp}experts.{e}.{part}_proj.weight": torch.randn(*(16, 32) if part != "down" else (32, 16))
+               for e in range(6) for part in ("gate", "up", "down")}
+        want |= own
+        tensors |= stored(own, mlp, storage)
+    save_file(tensors, backbone / "model.safetensors", {"format": "pt"})
+    save_quantised(tmp_path / "out", backbone, rounded_weights(backbone, check_backbone(backbone)))
+    after = weights_of(tmp_path / "out")
+    assert {name for name in after if ".experts." in name} == want.keys() | set(map(scale_name, want))
+    for name, tensor in want.items():
+        rows, scales = quantise_rows(tensor)
+        assert same_bytes(after[name], rows) and same_bytes(after[scale_name(name)], scales), name
+    router = f"{TEXT_PREFIX[family]}layers.1.mlp.gate.weight"
+    assert same_bytes(after[router], tensors[router])
+
+
 def test_what_cannot_be_is_said(exported):
     with pytest.raises(UserError, match=r"fp8_rowwise: .*k_proj.weight is \[24, 32\]; FP8 products need multiples"):
-        rounded_weights(check_backbone(tiny_model("qwen3")))
+        rounded_weights(tiny_model("qwen3"), check_backbone(tiny_model("qwen3")))
     with pytest.raises(UserError, match="option quantization_config"):
         check_backbone(exported)
 
@@ -101,7 +138,7 @@ def test_transformers_reads_them(exported, backbone):
     model = AutoModelForImageTextToText.from_pretrained(
         exported, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True))
     after, loaded = weights_of(exported), dict(model.named_parameters())
-    for name in rounded_weights(check_backbone(backbone)):
+    for name in rounded_weights(backbone, check_backbone(backbone)):
         want = dequantise(after[name], after[scale_name(name)])
         torch.testing.assert_close(loaded[name].float(), want, rtol=0, atol=0)
     for name, tensor in weights_of(backbone).items():
@@ -112,7 +149,8 @@ def test_transformers_reads_them(exported, backbone):
 def test_names_that_stay_fit_both_libraries():
     """By compressed-tensors' rule: "re:" patterns match from the start of a module's name."""
     for name in ("lm_head", "language_model.lm_head", "model.visual.blocks.0.attn.qkv", "visual.merger.linear_fc1",
-                 "model.layers.3.mlp.gate", "model.language_model.layers.3.mlp.experts.5.gate_proj"):
+                 "model.layers.3.mlp.gate"):
         assert any(re.match(pattern.removeprefix("re:"), name) for pattern in NOT_QUANTISED), name
-    for name in ("model.layers.3.mlp.gate_proj", "language_model.model.layers.0.self_attn.q_proj"):
+    for name in ("model.layers.3.mlp.gate_proj", "model.layers.3.mlp.experts.5.gate_proj",
+                 "language_model.model.layers.0.self_attn.q_proj"):
         assert not any(re.match(pattern.removeprefix("re:"), name) for pattern in NOT_QUANTISED), name

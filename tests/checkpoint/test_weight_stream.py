@@ -18,7 +18,7 @@ from copd_megatron.checkpoint import weight_stream
 from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.huggingface import save_merged
 from copd_megatron.checkpoint.peak_memory import PeakMemory
-from copd_megatron.checkpoint.weight_stream import rewrite_file, write_file
+from copd_megatron.checkpoint.weight_stream import Matrices, rewrite_file, write_file
 from copd_megatron.types import UserError
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
@@ -68,7 +68,7 @@ def test_matrices_become_fp8_rows(source, tmp_path):
     counts = []
     names = rewrite_file(source, tmp_path / "target.safetensors",
                          lambda name: (lambda rows, values: values * 3) if name == "z" else None, torch.bfloat16,
-                         counts.append, rounded=lambda name: name == "z")
+                         counts.append, rounded=lambda name: Matrices() if name == "z" else None)
     after, (rows, scales) = load_file(tmp_path / "target.safetensors"), quantise_rows(TENSORS["z"] * 3)
     assert set(names) == after.keys() == {*TENSORS, "weight_scale"}
     assert names.index("weight_scale") == 1 + names.index("z")

@@ -1,12 +1,17 @@
 """The MoE layer by itself: our experts are Megatron's, our router is transformers', idle ranks take part."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from copd_kernels.rowwise_fp8.reference import dequantise, quantise_rows
 from copd_megatron.model.moe_layer import FrozenMoE
+from copd_megatron.model.spec import RopeSpec
 from support.random_backbone import MOE_SPEC, make_backbone
 
 TOKENS = 11
@@ -76,3 +81,29 @@ def test_no_rows_are_no_trouble(layer):
 def test_gradients_are_those_of_differences(layer):
     """Router included: which experts are chosen is constant, how much they count is not."""
     assert torch.autograd.gradcheck(lambda rows: layer(rows)[0], _rows(tokens=3), eps=1e-6, atol=1e-7)
+
+
+def test_experts_in_fp8_are_their_rows_dequantised(one_rank):
+    """The definition with W = scale * rows; activations are rounded, too, so it is near. Rows without experts pass."""
+    moe, rope = replace(MOE_SPEC.moe, ffn_hidden_size=48), RopeSpec(1e4, None, (4, 2, 2))
+    spec = replace(MOE_SPEC, moe=moe, head_dim=16, rope=rope)
+    experts = make_backbone(one_rank("a", "b"), spec=spec, dtype="float32", fp8="frozen_rowwise").layers[0].mlp.experts
+    plain = [[torch.randn(96, 32), torch.randn(32, 48)] for _ in experts.local_experts]
+    for expert, weights in zip(experts.local_experts, plain):
+        for linear, weight in zip((expert.linear_fc1, expert.linear_fc2), weights):
+            rows, scales = quantise_rows(weight)
+            linear.weight.data.copy_(rows)
+            linear.weight_scale.copy_(scales)
+            weight.copy_(dequantise(rows, scales))
+    counts, weights = torch.tensor([4, 0, 6, 1]), torch.rand(TOKENS)
+    x = torch.randn(TOKENS, 32, requires_grad=True)
+    want = []
+    for (fc1, fc2), rows, share in zip(plain, x.split(counts.tolist()), weights.split(counts.tolist())):
+        gate, up = (rows @ fc1.T).chunk(2, -1)
+        want.append((F.silu(gate) * up * share[:, None]) @ fc2.T)
+    want, got = torch.cat(want), experts(x, counts, weights)[0]
+    direction = torch.randn_like(want)
+    assert 0 < (got - want).norm() < 0.08 * want.norm()
+    ours, true = (torch.autograd.grad((y * direction).sum(), x)[0] for y in (got, want))
+    assert 0 < (ours - true).norm() < 0.12 * true.norm()
+    assert experts(x[:0], 0 * counts, weights[:0])[0].shape == (0, 32)

@@ -29,11 +29,11 @@ def one_rank_groups(experts=("a", "b")) -> Groups:
 
 def make_backbone(groups: Groups, *, scope="sequence", first_layer=0, sharing=True, dtype="float64",
                   attention="flash", recompute="none", spec=SPEC, experts=("a", "b"),
-                  checked=False) -> Backbone:
+                  checked=False, fp8="none", norms="auto") -> Backbone:
     """Every weight normal(0, 0.2), every adapter factor normal(0, 0.1), all seeded by name."""
     backbone = Backbone(spec, groups,
                         ModelConfig(path="-", dtype=dtype, prefix_sharing=sharing, attention=attention,
-                                    recompute=recompute),
+                                    recompute=recompute, fp8=fp8, norms=norms),
                         AdapterConfig(rank=3, alpha=6.0, scope=scope, first_layer=first_layer), checked)
     for number, (name, parameter) in enumerate(sorted(backbone.named_parameters())):
         centre = 1.0 if "norm" in name else 0.0

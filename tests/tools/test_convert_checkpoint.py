@@ -164,7 +164,7 @@ def test_fp8_rows_of_a_backbone_and_of_a_merge(tool, runs, tmp_path, capsys):
     backbone = tiny_model("qwen3", head_dim=16)
     assert _call(tool, "quantize", "--backbone", backbone, "--out", tmp_path / "fp8", "--profile") == 0
     out = capsys.readouterr()
-    assert "28 weights in FP8 rows" in out.out and "quantize: 100 % of" in out.err
+    assert "28 tensors in FP8 rows" in out.out and "quantize: 100 % of" in out.err
     factors = {"layers.1.mlp.up_proj.lora_A": torch.ones(2, 32), "layers.1.mlp.up_proj.lora_B": torch.zeros(48, 2)}
     save_peft_adapter(tmp_path / "zero", Adapter(factors, 1.5), TEXT_PREFIX["qwen3"], backbone)
     assert _call(tool, "merge", "--backbone", backbone, "--adapters", tmp_path / "zero", "--quantize", "fp8_rowwise",

@@ -12,6 +12,8 @@ from copd_kernels.backend import Backend, implementation
 
 def _product(q_MK: Tensor, s_M1: Tensor, columns_KN: Tensor, s_1N: Tensor, dtype: torch.dtype) -> Tensor:
     """[M, N]; ``columns_KN`` is stored column by column, as FP8 tensor cores want it."""
+    if not len(q_MK):
+        return q_MK.new_empty(0, columns_KN.shape[1], dtype=dtype)
     # Row-wise scales come with bfloat16 results only on CUDA.
     out_dtype = torch.bfloat16 if q_MK.is_cuda else dtype
     return torch._scaled_mm(q_MK, columns_KN, scale_a=s_M1, scale_b=s_1N, out_dtype=out_dtype).to(dtype)
