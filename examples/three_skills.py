@@ -96,6 +96,12 @@ class Addition(SkillTask):
     order, example = "Add the numbers.", ("12 + 5", "17")
     pattern = re.compile(r"\d+")
 
+    def verify(self, item: TaskItem, completion: str) -> dict[str, float]:
+        """Also closeness: 1 for the exact answer, 0 from ten off; it tells wrong answers of one group apart."""
+        found = self.extract(completion)
+        error = abs(int(found) - int(item.answer)) if found and len(found) < 10 else 10
+        return super().verify(item, completion) | {"closeness": max(0.0, 1 - error / 10)}
+
 
 class Reversing(SkillTask):
     """Words from the last to the first."""

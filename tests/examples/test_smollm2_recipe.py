@@ -21,7 +21,7 @@ def test_one_step_of_each_phase_with_the_full_topology(tmp_path):
     skills = ("addition", "reversing", "comparing")
     assert sum(name.startswith("edge/") and name.endswith("/tokens") for name in steps[1]) == 6
     for step in steps:
-        assert all(0 <= step[f"{skill}/reward"] <= 1 and 0 < step[f"{skill}/length"] <= 6 for skill in skills)
+        assert all(0 <= step[f"{skill}/reward/accuracy"] <= 1 and 0 < step[f"{skill}/length"] <= 6 for skill in skills)
     policies = json.loads((run / "summary.json").read_text())["policies"]
     assert set(policies) == {"base", "merged", *skills}
     assert (run / "merged" / "model.safetensors").exists()

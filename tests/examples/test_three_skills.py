@@ -1,5 +1,6 @@
 """The three text skills of the small language model: exact answers, disjoint splits, refusals of the family."""
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,8 @@ def test_answers_are_right_and_held_out_questions_are_never_trained_on(skills, n
         else:
             both = [numbers[part] for part in question(item).split(" or ")]
             assert both[0] != both[1] and numbers[item.answer] == max(both) < (20, 100, 1000)[level - 1]
-        assert task.verify(item, item.answer) == {"accuracy": 1.0, "format": 1.0}
-        assert task.verify(item, f"It is {item.answer}.") == {"accuracy": 1.0, "format": 0.0}
+        assert set(task.verify(item, item.answer).values()) == {1.0}
+        assert task.verify(item, f"It is {item.answer}.") == task.verify(item, item.answer) | {"format": 0.0}
         assert task.verify(item, item.answer.upper())["accuracy"] == 1.0
         for wrong in ("", "?", "I do not know", f"{item.answer} and {wrong_answer(name)}"):
             assert task.verify(item, wrong)["accuracy"] == 0.0, wrong
@@ -51,6 +52,14 @@ def test_answers_are_right_and_held_out_questions_are_never_trained_on(skills, n
 
 def wrong_answer(name: str) -> str:
     return {"Addition": "100000", "Reversing": "window, basket", "Comparing": "zero"}[name]
+
+
+@pytest.mark.parametrize("reply, closeness", [("17", 1.0), ("It is 14", 0.7), ("20", 0.7), ("27", 0.0), ("99", 0.0),
+                                              ("none", 0.0), ("", 0.0), ("9" * 5000, 0.0)])
+def test_a_wrong_sum_is_worth_less_the_further_off_it_is(skills, reply, closeness):
+    task = skills.Addition(held_out_size=1)
+    item = replace(task.item("held_out", 0), answer="17")
+    assert task.verify(item, reply)["closeness"] == pytest.approx(closeness)
 
 
 def test_every_number_is_read_back_whole(skills):
