@@ -190,27 +190,27 @@ def layout_text(layout: Layout, placement: Placement) -> str:
 def search_text(found: Sequence[Candidate], hardware: Hardware) -> str:
     """The fastest layouts that fit, and why the others do not."""
     fitting = [c for c in found if c.fits]
-    moe = any(c.ep * c.etp > 1 for c in found)
-    rows = [[*_sizes(c, moe), str(c.replicas), size_text(c.peak_bytes), f"{c.time.total:.3g}",
+    names = [name for name in _SIZES if name in _SIZES[:3] or any(getattr(c, name.lower()) > 1 for c in found)]
+    rows = [[*_sizes(c, names), str(c.replicas), size_text(c.peak_bytes), f"{c.time.total:.3g}",
              f"{c.time.rollout:.3g}", f"{c.time.score:.3g}", f"{c.time.exchange:.3g}", f"{c.time.update:.3g}"]
             for c in fitting[:BEST]]
     parts = [f"{len(found)} layouts, {len(fitting)} fit {hardware.name}; the fastest by estimated seconds of a step"]
     if rows:
-        header = [*_SIZES[:5 if moe else 3], "replicas", "peak", "step", "rollout", "score", "exchange", "update"]
+        header = [*names, "replicas", "peak", "step", "rollout", "score", "exchange", "update"]
         parts.append(format_table(header, rows))
     rest = found[len(fitting):]
     if rest:
         parts += ["", "why the others do not fit"]
-        parts.append(format_table([*_SIZES[:5 if moe else 3], "reason"], [[*_sizes(c, moe), c.reason] for c in rest]))
+        parts.append(format_table([*names, "reason"], [[*_sizes(c, names), c.reason] for c in rest]))
     return "\n".join(parts)
 
 
-_SIZES = ("TP", "PP", "CP", "EP", "ETP")
+_SIZES = ("TP", "PP", "CP", "EP", "ETP", "VP")
+"""The last three stand in tables where some layout has them."""
 
 
-def _sizes(candidate: Candidate, moe: bool) -> list[str]:
-    sizes = (candidate.tp, candidate.pp, candidate.cp, candidate.ep, candidate.etp)
-    return [str(size) for size in sizes[:5 if moe else 3]]
+def _sizes(candidate: Candidate, names: Sequence[str]) -> list[str]:
+    return [str(getattr(candidate, name.lower())) for name in names]
 
 
 def plan_json(plan: Plan | None, found: Sequence[Candidate] | None, ranks: bool) -> dict[str, Any]:

@@ -4,6 +4,8 @@
     pipeline    (m + PP - 1) / m for m microbatches; the longest stage counts, the head is the last stage's
     decoding    per step the larger of: reading the weights and the KV, computing, launching the operations
     collectives latency + bytes a rank sends / bandwidth, nothing overlaps; TP groups lie within a node while they fit
+    recompute   the operations, launches and gathers that the backward does again: with `full` those of all layers above
+                `adapter.first_layer`, with `selective` attention, gathered keys, norms and activations
     MoE         rows choose all MoE experts alike often; each crosses to its top k and back by all-to-all; decoding
                 reads those that some lane has chosen
     step        the slowest replica of each phase, as phases end with collectives over all replicas
@@ -19,7 +21,14 @@ from dataclasses import dataclass, replace
 from copd_megatron.model.backbone import DTYPES, stage_layers
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
-from copd_megatron.simulate.flops import Flops, PassStreams, UpdateShape, pass_flops, pass_streams
+from copd_megatron.simulate.flops import (
+    Flops,
+    PassStreams,
+    UpdateShape,
+    pass_flops,
+    pass_streams,
+    recomputed_flops,
+)
 from copd_megatron.simulate.hardware import Hardware
 from copd_megatron.simulate.job import Group, Job
 from copd_megatron.simulate.memory import MOE_EXPERTS, adapter_bytes, backbone_bytes
@@ -29,6 +38,8 @@ OPERATIONS_PER_LAYER = 45
 """Kernels that one layer's forward launches in an eager program, adapters included; a backward launches twice."""
 OPERATIONS_PER_MOE = 45
 """Those of a MoE layer besides: router, sorting, dispatch, grouped products."""
+OPERATIONS_AGAIN = {"none": 0, "selective": 20}
+"""Those that the backward of a layer launches again: two norms 14, activation 2, attention 4."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +100,15 @@ def _pass(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
     return job.memo[key]
 
 
-def _computed_pass(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
+def _streams(job: Job, domain: str) -> PassStreams:
+    """Of one group of a domain."""
     lengths = job.prompts[domain]
     shape = UpdateShape(lengths.tokens, job.completion_tokens, job.rollout.group_size, 1, lengths.header_tokens)
-    streams = pass_streams(shape, job.adapter, 1, job.model.prefix_sharing)
+    return pass_streams(shape, job.adapter, 1, job.model.prefix_sharing)
+
+
+def _computed_pass(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
+    streams = _streams(job, domain)
     if not adapted:
         streams = PassStreams(streams.below, streams.trunks, replace(streams.lanes, adapted=0), streams.scored)
     return pass_flops(job.spec, job.adapter, streams, backward)
@@ -129,11 +145,10 @@ def _replica_time(job: Job, layout: Layout, placement: Placement, replica: int, 
     rows = sum(batch.tokens for batch in batches)
     forward = sum((_pass(job, group.domain, True, backward=False) * group.count for group in groups), Flops())
     scored_rows = rows * flops["score"].total / max(1.0, forward.total)
-    update = _pipeline_time(job, layout, hardware, flops["update"], len(batches), rows,
-                            passes=4 if job.model.recompute == "full" else 3)
-    if job.model.recompute == "full":
-        update += _compute_time(job, layout, hardware, forward)
-    score = _pipeline_time(job, layout, hardware, flops["score"], len(batches), scored_rows, passes=1)
+    again = sum((recomputed_flops(job.spec, job.adapter, _streams(job, group.domain), job.model.recompute) * group.count
+                 for group in groups), Flops())
+    update = _pipeline_time(job, layout, hardware, flops["update"] + again, len(batches), rows, backward=True)
+    score = _pipeline_time(job, layout, hardware, flops["score"], len(batches), scored_rows, backward=False)
     return _rollout_time(job, layout, hardware, job.decoded(groups), flops["rollout"]), score, update
 
 
@@ -147,27 +162,30 @@ def _compute_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops) ->
 
 
 def _pipeline_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops, batches: int, rows: float,
-                   passes: int) -> float:
-    """Seconds of ``batches`` microbatches; ``passes``: 1 forward, 3 with backward, 4 with recomputation."""
+                   backward: bool) -> float:
+    """Seconds of ``batches`` microbatches, forward or forward and backward."""
     layers = len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp))
-    launching = batches * _operations(job, layout) * passes * hardware.operation_s
-    busy = max(_compute_time(job, layout, hardware, flops), launching)
+    recompute = job.model.recompute if backward else "none"
+    sends = 1 + backward  # a backward sends as much as a forward
+    passes = sends + (recompute == "full")
+    launches = _operations(job, layout) * (3 if backward else 1) + _operations_again(job, layout, recompute)
+    busy = max(_compute_time(job, layout, hardware, flops), batches * launches * hardware.operation_s)
     item = DTYPES[job.model.dtype].itemsize
     stream = rows / layout.cp * job.spec.hidden_size * item
-    forwards = {1: 1, 3: 2, 4: 3}[passes]
     if layout.tp > 1:
         near = layout.tp <= hardware.ranks_per_node
         sent = 2 * (layout.tp - 1) / layout.tp * stream
-        busy += 2 * forwards * layers * (sent / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+        busy += 2 * passes * layers * (sent / hardware.bandwidth(near) + batches * hardware.latency_s(near))
     if layout.cp > 1:
         near = layout.tp * layout.cp <= hardware.ranks_per_node
         heads = job.spec.kv_groups(layout.tp) // layout.tp
         kv = 2 * heads * job.spec.head_dim * item * rows / layout.cp * (layout.cp - 1)
-        busy += forwards * layers * (kv / hardware.bandwidth(near) + batches * hardware.latency_s(near))
-    busy += forwards * _dispatch_time(job, layout, hardware, rows / layout.cp, batches)
+        gathers = sends + (recompute != "none")
+        busy += gathers * layers * (kv / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+    busy += passes * _dispatch_time(job, layout, hardware, rows / layout.cp, batches)
     if layout.pp > 1:
         near = layout.world_size <= hardware.ranks_per_node
-        busy += forwards * layout.vp * (stream / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+        busy += sends * layout.vp * (stream / hardware.bandwidth(near) + batches * hardware.latency_s(near))
     # Interleaved stages wait for a chunk of the first microbatch only, but run some microbatches twice.
     return busy * (layout.filled_up(batches) + (layout.pp - 1) / layout.vp) / batches
 
@@ -181,6 +199,13 @@ def _operations(job: Job, layout: Layout) -> int:
     """Launches of one forward of the longest stage."""
     layers = len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp))
     return layers * OPERATIONS_PER_LAYER + _moe_layers(job, layout) * OPERATIONS_PER_MOE
+
+
+def _operations_again(job: Job, layout: Layout, recompute: str) -> int:
+    """Launches that a backward of the longest stage repeats; of MoE layers' own only with ``full``."""
+    if recompute == "full":
+        return _operations(job, layout)
+    return len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp)) * OPERATIONS_AGAIN[recompute]
 
 
 def _dispatch_time(job: Job, layout: Layout, hardware: Hardware, rows: float, calls: int) -> float:

@@ -17,7 +17,8 @@ multiply-add, with W the weights of the layer's linears, d the head dim and r th
     adapters    2 r (in + out)  per adapted row and projection; backward: 2x (A, B, hidden, input)
     head        2 H V           per scored token, once; backward: 2x (logits again, gradient of the input)
 
-Layers below ``first_layer`` have no backward, and the first adapted linear differentiates no input.
+Layers below ``first_layer`` have no backward, and the first adapted linear differentiates no input. What
+``model.recompute`` adds is `recomputed_flops`.
 Norms, rotary angles, the embedding and padding are left out.
 """
 from __future__ import annotations
@@ -142,6 +143,16 @@ def pass_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams,
         back = Flops(lanes.linears, 2 * lanes.adapters, 2.5 * lanes.attention)
         cost += back + Flops(head=2 * cost.head) + _undifferentiated(spec, adapter, streams.lanes) * -1
     return cost
+
+
+def recomputed_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams, recompute: str) -> Flops:
+    """What the backward evaluates again under ``model.recompute``, on top of `pass_flops`.
+
+    ``full``: the forward of the layers that have one, adapters included. ``selective``: their attention; norms and
+    activations, which are computed again as well, have no operations here. The head makes its logits again anyway.
+    """
+    again = _forward(spec, adapter, streams.lanes, range(adapter.first_layer, spec.num_layers))
+    return {"none": Flops(), "selective": Flops(attention=again.attention), "full": again}[recompute]
 
 
 def update_flops(way: Way, shape: UpdateShape, spec: BackboneSpec, adapter: AdapterConfig,

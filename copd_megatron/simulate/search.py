@@ -2,12 +2,14 @@
 
 A layout is every TP x PP x CP whose product divides the number of ranks; the rest are replicas. With MoE layers it is
 also every way to spread MoE experts over TP x CP, or none, and TP brings sequence parallelism. It fits when the
-trainer would accept it and the fullest rank's peak stays within the hardware's usable memory.
+trainer would accept it and the fullest rank's peak stays within the hardware's usable memory. One of three or more
+stages that fits is also tried with every `parallel.virtual_pipeline` that divides a stage's layers; chunks keep more
+activations, so that they never make a layout fit.
 """
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from copd_megatron.parallel.layout import Layout
@@ -44,6 +46,7 @@ class Candidate:
     replicas: int
     ep: int = 1
     etp: int = 1
+    vp: int = 1
     peak_bytes: float | None = None
     """Of the fullest rank; None where the layout is impossible anyway."""
     time: StepTime | None = None
@@ -80,12 +83,13 @@ def fullest(kinds: Sequence[RankKind]) -> RankKind:
 
 def search(job: Job, world_size: int, hardware: Hardware, transport: str) -> list[Candidate]:
     """Every layout of ``world_size`` ranks: those that fit, fastest first, then the others."""
-    found = [_candidate(job, (tp, pp, cp, world_size // (tp * pp * cp)), (ep, etp), hardware, transport)
+    tried = [found
              for tp in _divisors(world_size) if tp <= max(job.spec.num_heads, 1)
              for pp in _divisors(world_size // tp) if pp <= job.spec.num_layers
              for cp in _divisors(world_size // (tp * pp)) if cp <= MAX_CONTEXT
-             for ep, etp in _moe_cuts(job, tp * cp)]
-    return sorted(found, key=lambda c: (not c.fits, c.time.total if c.time else 0.0, c.pp, c.tp, c.cp, c.etp))
+             for ep, etp in _moe_cuts(job, tp * cp)
+             for found in _candidates(job, (tp, pp, cp, world_size // (tp * pp * cp), ep, etp), hardware, transport)]
+    return sorted(tried, key=lambda c: (not c.fits, c.time.total if c.time else 0.0, c.pp, c.tp, c.cp, c.etp, c.vp))
 
 
 def _moe_cuts(job: Job, ranks: int) -> list[tuple[int, int]]:
@@ -99,13 +103,21 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _candidate(job: Job, sizes: tuple[int, int, int, int], moe: tuple[int, int], hardware: Hardware,
-               transport: str) -> Candidate:
-    """``sizes``: TP, PP, CP, replicas; ``moe``: EP, ETP."""
-    tp, pp, cp, replicas = sizes
-    shape = (*sizes, *moe)
+def _candidates(job: Job, shape: tuple[int, ...], hardware: Hardware, transport: str) -> Iterator[Candidate]:
+    """A layout, whole stages first. ``shape``: TP, PP, CP, replicas, EP, ETP."""
+    whole = _candidate(job, (*shape, 1), hardware, transport)
+    yield whole
+    layers, rest = divmod(job.spec.num_layers, whole.pp)
+    if whole.fits and whole.pp > 2 and not rest:
+        for vp in _divisors(layers)[1:]:
+            yield _candidate(job, (*shape, vp), hardware, transport)
+
+
+def _candidate(job: Job, shape: tuple[int, ...], hardware: Hardware, transport: str) -> Candidate:
+    """``shape``: TP, PP, CP, replicas, EP, ETP, VP."""
+    tp, pp, cp, replicas, ep, etp, vp = shape
     try:
-        layout = Layout(tp=tp, pp=pp, cp=cp, replicas=replicas, ep=moe[0], etp=moe[1],
+        layout = Layout(tp=tp, pp=pp, cp=cp, replicas=replicas, ep=ep, etp=etp, vp=vp,
                         sequence_parallel=job.spec.moe is not None and tp > 1)
         job.spec.check_layout(layout)
         placement = job.place(replicas)

@@ -11,7 +11,7 @@ from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, PackRules, build_pack
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
 from copd_megatron.model.vocab_parallel import score
-from copd_megatron.simulate.flops import LINEARS, WAYS, Flops, UpdateShape, update_flops
+from copd_megatron.simulate.flops import LINEARS, WAYS, Flops, UpdateShape, pass_streams, recomputed_flops, update_flops
 from support.random_backbone import MOE_SPEC, SPEC, make_prompt, one_rank_groups
 
 CPU = torch.device("cpu")
@@ -92,10 +92,11 @@ def groups():
     made.destroy()
 
 
-def _run_and_count(groups, way, shape, adapter, attention, spec=SPEC):
+def _run_and_count(groups, way, shape, adapter, attention, spec=SPEC, recompute="none"):
     """FLOPs by operator of one update on a real backbone."""
     spec = replace(spec, deepstack_layers=0, vocab_size=53)
-    model = ModelConfig(path="-", dtype="float32", prefix_sharing=way != "naive", attention=attention)
+    model = ModelConfig(path="-", dtype="float32", prefix_sharing=way != "naive", attention=attention,
+                        recompute=recompute)
     backbone = Backbone(spec, groups, model, adapter)
     for expert in (f"e{n}" for n in range(shape.experts)):
         backbone.bank.add_expert(expert, seed=0)
@@ -130,20 +131,22 @@ def test_of_moe_layers_torch_counts_what_a_token_passes(groups, targets, first_l
     assert sum(counts.values()) == want.linears + want.adapters + want.head
 
 
+@pytest.mark.parametrize("recompute,again", [("none", 0), ("selective", 1), ("full", 1)])
 @pytest.mark.parametrize("scope", ["sequence", "completion"])
-def test_torch_counts_the_attention_of_the_reference(groups, scope):
+def test_torch_counts_the_attention_of_the_reference(groups, scope, recompute, again):
     """The plain reference scores full rectangles, masks the future, and keeps the scores for its backward:
     2x instead of 2.5x. So torch counts a little more than the closed form, and exactly this much."""
     shape, adapter = SHAPES[0], AdapterConfig(rank=5, scope=scope, first_layer=1)
-    spec, counts = _run_and_count(groups, "shared", shape, adapter, "reference")
+    spec, counts = _run_and_count(groups, "shared", shape, adapter, "reference", recompute=recompute)
     want = update_flops("shared", shape, spec, adapter)
+    want += recomputed_flops(spec, adapter, pass_streams(shape, adapter, 1, True), recompute)
     rectangles = 0
     for pack, backward in _passes("shared", shape, adapter):
         for layer in range(spec.num_layers):
             parts = pack.level(layer).parts
             for number, part in enumerate(parts):
                 cells = sum((b - a) * (b - a + d - c) for a, b, c, d in part.spans)
-                rectangles += cells * (3 if backward and layer >= 1 and number == len(parts) - 1 else 1)
+                rectangles += cells * (3 + again if backward and layer >= 1 and number == len(parts) - 1 else 1)
     attention = 4 * spec.head_dim * spec.num_heads * rectangles
     assert sum(counts.values()) == want.linears + want.adapters + want.head + attention
 

@@ -14,7 +14,7 @@ from copd_megatron.model.spec import BackboneSpec, MoeSpec, RopeSpec
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.simulate.cost import step_time
-from copd_megatron.simulate.flops import PassStreams, Stream, pass_flops
+from copd_megatron.simulate.flops import PassStreams, Stream, UpdateShape, pass_flops, pass_streams
 from copd_megatron.simulate.hardware import BUILT_IN
 from copd_megatron.simulate.job import Job, PromptLengths
 from copd_megatron.simulate.search import fullest, rank_kinds, search
@@ -58,7 +58,9 @@ def test_search_ranks_what_fits_and_explains_the_rest():
     assert [c.time.total for c in fitting] == sorted(c.time.total for c in fitting)
     assert all(c.peak_bytes <= H100.usable_bytes for c in fitting)
     assert all(c.tp * c.pp * c.cp * c.replicas == 24 for c in found)
-    assert len({(c.tp, c.pp, c.cp) for c in found}) == len(found)
+    assert len({(c.tp, c.pp, c.cp, c.vp) for c in found}) == len(found)
+    for stages, chunks in ((2, {1}), (3, {1, 2, 3, 4, 6, 12}), (8, {1}), (12, {1, 3})):  # of 36 layers
+        assert {c.vp for c in fitting if (c.tp, c.pp) == (2, stages)} == ({1} if stages == 8 else chunks)
     reasons = {(c.tp, c.pp, c.cp): c.reason for c in found if not c.fits}
     assert "query heads" in reasons[3, 1, 1]
     text = search_text(found, H100)
@@ -85,12 +87,21 @@ def test_sharding_needs_less_memory_and_never_the_same_bytes_twice(other):
 
 
 def test_recompute_trades_memory_for_time():
-    job, layout, placement = big_job(), Layout(), Placement.build(EXPERTS, 1)
-    again = replace(job, model=job.model.model_copy(update={"recompute": "full"}))
-    full, small = (fullest(rank_kinds(j, layout, placement)).memory.phases["update"]["activations"]
-                   for j in (job, again))
-    assert small < full / 5
-    assert step_time(again, layout, placement, H100).update > step_time(job, layout, placement, H100).update
+    layout, placement = Layout(), Placement.build(("text",), 1)
+    jobs = [big_job(experts=("text",), edges=(), model=ModelConfig(path="-", recompute=mode))
+            for mode in ("none", "selective", "full")]
+    none, some, least = (fullest(rank_kinds(job, layout, placement)).memory.phases["update"]["activations"]
+                         for job in jobs)
+    assert least < none / 5 and least < some < none
+    times = [step_time(job, layout, placement, H100) for job in jobs]
+    assert len({replace(time, update=0) for time in times}) == 1
+    # What is added is the time of the forward: of attention, or of the layers.
+    rollout = jobs[0].rollout
+    streams = pass_streams(UpdateShape(300, 1024, rollout.group_size, 1, 3), jobs[0].adapter, 1, True)
+    forward = pass_flops(QWEN3_VL_4B, jobs[0].adapter, streams, backward=False) * rollout.prompts_per_step
+    attention = forward.attention / H100.peak_flops["bfloat16"] / H100.attention_achieved
+    linears = (forward.linears + forward.adapters) / H100.flops("bfloat16")
+    assert [time.update - times[0].update for time in times[1:]] == pytest.approx([attention, attention + linears])
 
 
 def test_more_replicas_never_take_longer():

@@ -1,4 +1,5 @@
-"""Students that learn from completions which other experts sampled for themselves (opd.rollouts=native)."""
+"""Students that learn from completions which other experts sampled for themselves (opd.rollouts=native), or that answer
+their own prompts once more (opd.prompts=student)."""
 import math
 
 import pytest
@@ -28,19 +29,39 @@ def test_gradients_are_those_of_the_formulas(signal, whose, tmp_path):
     opd = {"rollouts": "native", "prompts": whose, "signal": signal, "importance_cap": 1.02, "beta": 0.7}
     config = make_config(EXPERTS[:2], opd=opd)
     metrics, samples, start, gradients = one_step(config, tmp_path / "run")
-    plain = PlainCopd(config, PlainModel(tiny_model("qwen3"), scaling=2.0), start, None)
-    for expert in EXPERTS[:2]:
-        own = [s for s in samples if s.expert == expert]
-        assert any(s.is_off_policy for s in own)
-        want = plain.gradient(own, samples, start[expert])
-        for name, gradient in gradients[expert].items():
-            torch.testing.assert_close(gradient, want[name], rtol=0, atol=1e-8, msg=f"{expert} {name}")
+    assert {s.expert for s in samples if s.is_off_policy} == set(EXPERTS[:2])
+    plain = _plain_with_equal_gradients(config, samples, start, gradients)
     reused = [s for s in samples if s.is_off_policy and s.expert == "text"]
     weights = torch.cat([plain._reuse(s, _own(plain, s), torch.tensor(s.completion.token_ids)) for s in reused])
     assert metrics["edge/image->text/reuse_weight"] == pytest.approx(float(weights.mean()), abs=1e-9)
     assert metrics["edge/image->text/reuse_clipped"] == pytest.approx(float((weights >= 1.02).double().mean()))
     assert 0 < metrics["edge/image->text/reuse_clipped"] < 1
     assert metrics["tokens/reused"] == sum(s.length for s in samples if s.edge)
+
+
+def _plain_with_equal_gradients(config, samples, start, gradients):
+    plain = PlainCopd(config, PlainModel(tiny_model("qwen3"), scaling=2.0), start, None)
+    for expert, found in gradients.items():
+        want = plain.gradient([s for s in samples if s.expert == expert], samples, start[expert])
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, want[name], rtol=0, atol=1e-8, msg=f"{expert} {name}")
+    return plain
+
+
+def test_students_answer_their_own_prompts_anew(tmp_path):
+    """Fresh completions of the prompts whose native ones earn the rewards."""
+    config = make_config(EXPERTS[:2], opd={"prompts": "student", "beta": 0.7})
+    _, samples, start, gradients = one_step(config, tmp_path / "run")
+    assert gradients.keys() == set(EXPERTS[:2])
+    _plain_with_equal_gradients(config, samples, start, gradients)
+    native, crossing = ({e: [s.completion for s in samples if s.is_native == own and s.expert == e]
+                         for e in EXPERTS[:2]} for own in (True, False))
+    for expert in EXPERTS[:2]:
+        assert len(native[expert]) == len(crossing[expert]) == 4 * 2
+        assert {c.expert for c in crossing[expert]} == {expert}
+        assert {c.prompt.key for c in crossing[expert]} == {c.prompt.key for c in native[expert]}
+    answers = [[c.token_ids for e in EXPERTS[:2] for c in some[e]] for some in (native, crossing)]
+    assert answers[0] != answers[1], "sampled anew"
 
 
 def _own(plain, sample):

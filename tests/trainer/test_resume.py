@@ -172,16 +172,18 @@ def test_resumed_under_another_layout_in_everything(shared_rows, never_stopped, 
     assert [line["step"] for line in numbers(again)] == [1, 2, 3, 4]
 
 
-def test_resumed_where_moe_experts_are_shared_out_otherwise(tmp_path):
-    """EP 2 over CP 2 -> ETP 2 over TP 2; adapters' checkpoints do not know where MoE experts are."""
-    path = str(tiny_model("qwen3_moe"))
-    configs = [make_config(model={"path": path}, parallel=parallel)
-               for parallel in ({"context": 2, "moe_expert": 2},
-                                {"tensor": 2, "sequence_parallel": True, "moe_expert_tensor": 2})]
-    want = run_ranks(2, run, configs[0], tmp_path / "first", timeout_s=240.0)[0]
+@pytest.mark.parametrize(("family", "layers", "ranks", "parallel"), [
+    ("qwen3_moe", 4, 2, ({"context": 2, "moe_expert": 2},
+                         {"tensor": 2, "sequence_parallel": True, "moe_expert_tensor": 2})),
+    ("qwen3", 7, 3, ({"pipeline": 3, "virtual_pipeline": 2}, {"pipeline": 3}))], ids=["moe", "virtual stages"])
+def test_resumed_where_the_backbone_is_shared_out_otherwise(family, layers, ranks, parallel, tmp_path):
+    """EP 2 over CP 2 -> ETP 2 over TP 2; chunks of layers -> runs of layers. Adapters' checkpoints know neither."""
+    path = str(tiny_model(family, num_hidden_layers=layers))
+    configs = [make_config(model={"path": path}, parallel=own) for own in parallel]
+    want = run_ranks(ranks, run, configs[0], tmp_path / "first", timeout_s=240.0)[0]
     again = killed(tmp_path / "first", tmp_path / "again")
     shutil.rmtree(again / "rollouts")
-    for got in run_ranks(2, run, configs[1], again, resume=True, timeout_s=240.0):
+    for got in run_ranks(ranks, run, configs[1], again, resume=True, timeout_s=240.0):
         for expert, factors in want.items():
             for name, factor in factors.items():
                 torch.testing.assert_close(got[expert][name], factor, rtol=0, atol=1e-8)
