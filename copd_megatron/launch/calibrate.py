@@ -38,7 +38,7 @@ def measure(seconds: float | None = None) -> Hardware:
     seconds = SECONDS if seconds is None else seconds
     init_distributed(ParallelConfig())
     world = dist.group.WORLD
-    where, like = device(), _most_alike()
+    where, like = device(), most_alike()
     cuda = where.type == "cuda"
     flops = {dtype: _matmul_flops(getattr(torch, dtype), where, seconds) for dtype in DTYPES}
     # Every rank at once, as in training: ranks of one machine share its memory and its caches.
@@ -74,7 +74,7 @@ def summary(hardware: Hardware) -> str:
         *(f"{what}: {text}" for what, text in hardware.notes.items())])
 
 
-def _most_alike() -> Hardware:
+def most_alike() -> Hardware:
     """The built-in hardware that this device's name contains, h100 for other GPUs."""
     if not torch.cuda.is_available():
         return BUILT_IN["cpu"]

@@ -15,7 +15,7 @@ Phase = str
 
 PHASES: tuple[Phase, ...] = ("rlvr", "opd", "eval")
 
-TIMED_PHASES = ("rollout", "vision", "verify", "score", "exchange", "update", "evaluation", "save")
+TIMED_PHASES = ("rollout", "vision", "verify", "score", "exchange", "update", "optimizer", "evaluation", "save")
 """What a step spends its time on, in the order of the loop; timers and report use these."""
 
 RESERVED = frozenset({"edge", "pair", "exchange", "prefix", "time", "tokens", "memory", "eval", "record"})

@@ -1,6 +1,9 @@
 """Where the time of a step goes: nested phases with exclusive times, and tokens per second.
 
 Invariant: the ``time/{phase}_s`` of a step, ``other`` included, add up to ``time/step_s``.
+
+On a GPU a border of a phase is a mark in the stream of kernels, so that kernels are charged to the phase that launched
+them and nobody waits for the device: a wait at a border would also wait for messages that are to travel meanwhile.
 """
 from __future__ import annotations
 
@@ -8,8 +11,55 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.profiler import record_function
 
 from copd_megatron.metrics.names import TIMED_PHASES
+
+RANGE = "phase/"
+"""Phases are ranges of this prefix in a profile (torch.profiler)."""
+UNREAD = 1024
+"""Marks that may wait to be read; the older half of them is long past when there are more."""
+
+
+class Clock(Protocol):
+    """Marks moments; what lies between two is read later."""
+
+    def mark(self) -> Any:
+        """Now."""
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks; waits until the later one has passed."""
+
+
+class HostClock:
+    """The time at which this process gets somewhere."""
+
+    mark = staticmethod(time.perf_counter)
+
+    @staticmethod
+    def seconds(start: float, end: float) -> float:
+        """See ``Clock``."""
+        return end - start
+
+
+class StreamClock:
+    """The time at which a GPU's current stream gets there."""
+
+    @staticmethod
+    def mark() -> torch.cuda.Event:
+        """See ``Clock``."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @staticmethod
+    def seconds(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+        """See ``Clock``."""
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
 
 
 class Timers:
@@ -19,19 +69,16 @@ class Timers:
     outer one, so that a second is counted once. Times of several entries of a phase add up.
     """
 
-    def __init__(self, synchronize: Callable[[], None] | None = None,
-                 on_phase: Callable[[str], None] | None = None,
-                 clock: Callable[[], float] = time.perf_counter) -> None:
-        """``synchronize`` (``torch.cuda.synchronize`` on a GPU) runs at every border of a phase, so that
-        kernels are charged to the phase that launched them; None measures without waiting.
-        ``on_phase`` hears the name of each phase that begins (the progress display)."""
-        self._synchronize = synchronize
-        self._on_phase = on_phase
-        self._clock = clock
+    def __init__(self, on_phase: Callable[[str], None] | None = None, clock: Clock | None = None) -> None:
+        """``on_phase`` hears the name of each phase that begins (the progress display). ``clock``: None for the
+        device's."""
+        self.on_phase = on_phase
+        self._clock = clock or (StreamClock() if torch.cuda.is_available() else HostClock())
         self._open: list[str] = []
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._tokens: defaultdict[str, int] = defaultdict(int)
-        self._border = self._step_start = clock()
+        self._unread: list[tuple[str, Any, Any]] = []
+        self._border = self._step_start = self._clock.mark()
 
     @property
     def phase(self) -> str | None:
@@ -47,15 +94,17 @@ class Timers:
         self._open.append(phase)
         self._announce()
         try:
-            yield
+            with record_function(RANGE + phase):
+                yield
         finally:
             self._charge()
             self._open.pop()
             self._announce()
 
     def seconds(self, phase: str) -> float:
-        """Time charged to ``phase`` since the last ``collect``."""
+        """Time charged to ``phase`` since the last ``collect``; waits until the device has got here."""
         self._charge()
+        self._read(len(self._unread))
         return self._seconds.get(phase, 0.0)
 
     def add_tokens(self, phase: str, tokens: int) -> None:
@@ -66,7 +115,8 @@ class Timers:
         """Metrics since the last call, and a fresh start: ``time/{phase}_s``, ``time/other_s``,
         ``time/step_s`` in seconds and ``tokens/{phase}_per_s`` of phases with counted tokens."""
         self._charge()
-        step_s = self._border - self._step_start
+        self._read(len(self._unread))
+        step_s = self._clock.seconds(self._step_start, self._border)
         values = {f"time/{phase}_s": self._seconds[phase] for phase in TIMED_PHASES if phase in self._seconds}
         values["time/other_s"] = max(0.0, step_s - sum(values.values()))
         values["time/step_s"] = step_s
@@ -79,14 +129,20 @@ class Timers:
         return values
 
     def _announce(self) -> None:
-        if self._on_phase is not None and self._open:
-            self._on_phase(self._open[-1])
+        if self.on_phase is not None and self._open:
+            self.on_phase(self._open[-1])
 
     def _charge(self) -> None:
         """Give the time since the last border to the phase that is open now."""
-        if self._synchronize is not None:
-            self._synchronize()
-        now = self._clock()
+        now = self._clock.mark()
         if self._open:
-            self._seconds[self._open[-1]] += now - self._border
+            self._unread.append((self._open[-1], self._border, now))
+            if len(self._unread) > UNREAD:
+                self._read(UNREAD // 2)
         self._border = now
+
+    def _read(self, count: int) -> None:
+        """Turn the oldest marks into seconds."""
+        for phase, start, end in self._unread[:count]:
+            self._seconds[phase] += self._clock.seconds(start, end)
+        del self._unread[:count]

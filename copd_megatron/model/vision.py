@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.initialization import no_init_weights
 
+from copd_megatron.metrics.timers import Timers
 from copd_megatron.model.hf_config import load_hf_config
 from copd_megatron.model.safetensor_reader import SafetensorReader
 from copd_megatron.model.spec import BackboneSpec
@@ -45,11 +46,12 @@ class VisionTower:
     """
 
     def __init__(self, path: str | Path, dtype: torch.dtype, device: torch.device,
-                 cache_bytes: int = CACHE_BYTES) -> None:
+                 cache_bytes: int = CACHE_BYTES, timers: Timers | None = None) -> None:
         """Load the tower's weights. UserError names the first missing, misshapen or unreadable tensor.
 
         Args:
             cache_bytes: features of least recently used prompts are dropped beyond this; 0 keeps none.
+            timers: a run's, for phase "vision".
         """
         config = load_hf_config(path).vision_config
         with no_init_weights(), device:
@@ -59,6 +61,7 @@ class VisionTower:
         self.dtype, self.device = dtype, device
         self.merged_patches = config.spatial_merge_size ** 2
         self.cache_bytes, self.cached_bytes = cache_bytes, 0
+        self.timers = timers or Timers()
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     def features(self, prompts: Sequence[Prompt]) -> tuple[Tensor, list[Tensor]] | None:
@@ -87,10 +90,12 @@ class VisionTower:
                 found[key] = self._cache[key]
             else:
                 missing.setdefault(_shape_of(prompt.visual), {})[key] = prompt
-        for alike in missing.values():
-            for key, features in self._compute(list(alike.values())):
-                found[key] = features
-                self._keep(key, features)
+        if missing:
+            with self.timers("vision"):
+                for alike in missing.values():
+                    for key, features in self._compute(list(alike.values())):
+                        found[key] = features
+                        self._keep(key, features)
         return found
 
     def _keep(self, key: str, features: Tensor) -> None:

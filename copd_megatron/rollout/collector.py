@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from copd_megatron.config.rollout import RolloutConfig
+from copd_megatron.metrics.timers import Timers
 from copd_megatron.model.prompt import PromptEncoder
 from copd_megatron.parallel.collectives import broadcast_object
 from copd_megatron.parallel.groups import Groups
@@ -25,9 +26,11 @@ class Collector:
     """Samples and grades completions; the same result on every rank of a replica."""
 
     def __init__(self, engine: RolloutEngine, encoder: PromptEncoder, tasks: Mapping[str, Task],
-                 scorers: Mapping[str, Scorer], visual: VisualSource, groups: Groups):
+                 scorers: Mapping[str, Scorer], visual: VisualSource, groups: Groups,
+                 timers: Timers | None = None):
+        """``timers``: a run's, for phase "verify"."""
         self.engine, self.encoder, self.tasks, self.scorers = engine, encoder, tasks, scorers
-        self.visual, self.groups = visual, groups
+        self.visual, self.groups, self.timers = visual, groups, timers or Timers()
 
     def collect(self, requests: Sequence[Request], graded: int | None = None) -> list[list[Completion]]:
         """One group of completions per request, in order, with text; the first ``graded`` groups (None: all)
@@ -37,7 +40,8 @@ class Collector:
         for group in groups:
             for completion in group:
                 completion.text = self.encoder.decode(completion.token_ids)
-        self._grade([completion for group in groups[:graded] for completion in group])
+        with self.timers("verify"):
+            self._grade([completion for group in groups[:graded] for completion in group])
         return groups
 
     def _continue_episodes(self, requests: Sequence[Request], groups: list[list[Completion]]) -> None:

@@ -28,6 +28,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from copd_megatron.config.model import AdapterConfig
+from copd_megatron.model.shared_prefix import LeafGroup, PackRules
 from copd_megatron.model.spec import BackboneSpec
 
 Way = Literal["naive", "per_expert", "shared"]
@@ -91,6 +92,9 @@ class Stream:
     adapted: int = 0
     """Tokens that some expert's adapters act on."""
 
+    def __add__(self, other: Stream) -> Stream:
+        return Stream(self.tokens + other.tokens, self.pairs + other.pairs, self.adapted + other.adapted)
+
 
 @dataclass(frozen=True)
 class PassStreams:
@@ -124,6 +128,45 @@ def pass_streams(shape: UpdateShape, adapter: AdapterConfig, experts: int, shari
         return PassStreams(below, Stream(), own, scored)
     leaves = Stream(lanes * leaf, lanes * leaf_pairs, lanes * leaf)
     return PassStreams(below, Stream(trunk, _causal(trunk)), leaves, scored)
+
+
+def group_streams(group: LeafGroup, rules: PackRules, decoded: bool = False, outside: bool = False) -> PassStreams:
+    """Streams of one group as a pack holds it (``model.shared_prefix``): lanes of any lengths, under any experts.
+
+    Args:
+        decoded: lanes as they are sampled, which nobody can merge where they turn out equal.
+        outside: the prompt's states come from elsewhere.
+    """
+    forced, ids = rules.forced(group.prompt), [tuple(leaf.token_ids) for leaf in group.leaves]
+    trunk, everything = len(group.prompt.token_ids) - forced, rules.scope == "sequence"
+    lanes = [(leaf.lane, content) for leaf, content in zip(group.leaves, ids)]
+    scored = sum(map(len, ids))
+    if not rules.sharing:
+        copies = sum((_whole(trunk, forced, len(content), lane is not None, everything) for lane, content in lanes),
+                     Stream())
+        return PassStreams(replace(copies, adapted=0), Stream(), copies, scored)
+    upper, lower = (lanes, ids) if decoded else (dict.fromkeys(lanes), dict.fromkeys(ids))
+    leaves = sum((_leaf(trunk, forced, len(content), lane is not None) for lane, content in upper), Stream())
+    below = sum((_leaf(trunk, forced, len(content), False) for content in lower), Stream())
+    if outside:
+        return PassStreams(below, Stream(), leaves, scored)
+    prompt = Stream(trunk, _causal(trunk))
+    if not everything:
+        return PassStreams(prompt + below, prompt, leaves, scored)
+    own = sum((replace(prompt, adapted=trunk * (lane is not None)) for lane in dict.fromkeys(e for e, _ in lanes)),
+              Stream())
+    return PassStreams(prompt + below, Stream(), own + leaves, scored)
+
+
+def _leaf(trunk: int, forced: int, completion: int, adapted: bool) -> Stream:
+    tokens = forced + max(0, completion - 1)
+    return Stream(tokens, _causal(tokens) + tokens * trunk, tokens * adapted)
+
+
+def _whole(trunk: int, forced: int, completion: int, adapted: bool, everything: bool) -> Stream:
+    """A lane that carries its own prompt."""
+    leaf = forced + max(0, completion - 1)
+    return Stream(trunk + leaf, _causal(trunk + leaf), adapted * (leaf + trunk * everything))
 
 
 def pass_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams, backward: bool,

@@ -58,6 +58,7 @@ class Policies:
     tasks: dict[str, Task]
     source: PromptSource
     collector: Collector
+    timers: Timers
 
     def evaluator(self, config: RunConfig) -> Evaluator:
         """Asks held-out questions as ``config.evaluation`` says."""
@@ -99,11 +100,12 @@ def build_policies(config: RunConfig) -> Policies:
         load_peft_adapter(backbone.bank, REFERENCE, reference, invocation)
     for name, folder in teachers.items():
         load_peft_adapter(backbone.bank, name, folder, invocation)
-    visual = visual_features(config.model, backbone)
+    timers = Timers()
+    visual = visual_features(config.model, backbone, timers)
     engine = MegatronEngine(backbone, groups, config.rollout, config.seed)
-    collector = Collector(engine, encoder, tasks, scorers, visual, groups)
+    collector = Collector(engine, encoder, tasks, scorers, visual, groups, timers)
     runner = Runner(backbone, groups, visual, engine.prefill)
-    return Policies(groups, backbone, runner, encoder, tasks, source, collector)
+    return Policies(groups, backbone, runner, encoder, tasks, source, collector, timers)
 
 
 def place(config: RunConfig, replicas: int) -> Placement:
@@ -211,6 +213,6 @@ def _milestones(config: RunConfig, run_dir: Path, policies: Policies, state: Run
                                  shards=groups.layout.replicas, on_failure=recorder.count_failure)
     progress = make_progress(config.metrics.progress if groups.is_main else "off", experts=list(config.experts),
                              total_steps=total_steps, first_step=state.step)
-    timers = Timers(torch.cuda.synchronize if torch.cuda.is_available() else None, progress.phase)
+    policies.timers.on_phase = progress.phase
     return Milestones(config, run_dir, groups, state, policies.evaluator(config), checkpoints, recorder, rollouts,
-                      progress, timers, total_steps, resumed)
+                      progress, policies.timers, total_steps, resumed)

@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from torch import Tensor
 
 from copd_megatron.config.model import ModelConfig
+from copd_megatron.metrics.timers import Timers
 from copd_megatron.model.attention import KV
 from copd_megatron.model.backbone import DTYPES, Backbone, Visual
 from copd_megatron.model.shared_prefix import Pack, build_pack, pack_tokens
@@ -41,6 +42,8 @@ class Runner:
                  prefill: Prefill | None = None):
         """``prefill``: of the rollout engine, whose store serves here too where it can."""
         self.backbone, self.groups, self.visual, self.prefill = backbone, groups, visual, prefill
+        self.on_run: Callable[[Sequence[Microbatch], bool], None] | None = None
+        """Hears of every run before it starts: its microbatches, and whether they are differentiated (profiles)."""
         self._tokens, self._naive_tokens = 0.0, 0
 
     def work(self, part: str) -> dict[str, tuple[float, float]]:
@@ -62,6 +65,8 @@ class Runner:
     def _run(self, microbatches: Sequence[Microbatch], at_end: AtEnd, forward_only: bool) -> list[Any]:
         if not microbatches:
             return []
+        if self.on_run is not None:
+            self.on_run(microbatches, not forward_only)
         if self.prefill is None or not self.prefill.serves_training:
             return self._schedule(microbatches, at_end, forward_only)
         results, before = [], self.prefill.computed_tokens
@@ -142,8 +147,9 @@ class Runner:
         return [*microbatches, *[smallest] * missing]
 
 
-def visual_features(model: ModelConfig, backbone: Backbone) -> Callable[[Sequence[Prompt]], Visual | None]:
-    """The vision tower on stages that read its features; elsewhere nothing."""
+def visual_features(model: ModelConfig, backbone: Backbone,
+                    timers: Timers | None = None) -> Callable[[Sequence[Prompt]], Visual | None]:
+    """The vision tower on stages that read its features; elsewhere nothing. ``timers``: a run's."""
     if not stage_needs_features(backbone.spec, backbone.layer_range):
         return lambda prompts: None
-    return VisionTower(model.path, DTYPES[model.dtype], device()).features
+    return VisionTower(model.path, DTYPES[model.dtype], device(), timers=timers).features

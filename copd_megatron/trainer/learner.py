@@ -10,6 +10,7 @@ import torch
 from copd_megatron.config.losses import OpdConfig, RlvrConfig
 from copd_megatron.config.rollout import RolloutConfig
 from copd_megatron.losses.reduction import token_weights
+from copd_megatron.metrics.timers import Timers
 from copd_megatron.parallel.collectives import reduce_scalars
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.trainer.batching import Lane, Sample, make_microbatches
@@ -34,22 +35,25 @@ class Learner:
         """Whether the old policy is the one being differentiated, so that every ratio is exactly 1."""
         return self.rlvr.minibatches_per_rollout * self.rlvr.epochs == 1
 
-    def update(self, samples: Sequence[Sample], training: Collection[str] | None = None) -> Sums:
+    def update(self, samples: Sequence[Sample], training: Collection[str] | None = None,
+               timers: Timers | None = None) -> Sums:
         """All updates of one step; native and cross samples of a minibatch make one update.
 
         Args:
             training: experts that are updated; None: all. The others stay as they are, moments included.
+            timers: the run's, for phase "optimizer".
         """
         sums: Sums = {}
+        timers = timers or Timers()
         count = self.rlvr.minibatches_per_rollout
         experts = [e for e in self.optimizers if training is None or e in training]
         for _ in range(self.rlvr.epochs):
             for number in range(count):
                 own = [s for s in samples if s.slot * count // s.slots == number]
-                add_sums(sums, self._one_update(own, experts))
+                add_sums(sums, self._one_update(own, experts, timers))
         return sums
 
-    def _one_update(self, samples: Sequence[Sample], experts: Sequence[str]) -> Sums:
+    def _one_update(self, samples: Sequence[Sample], experts: Sequence[str], timers: Timers) -> Sums:
         for expert in experts:
             self.optimizers[expert].zero_grad()
         self._weigh(samples, experts)
@@ -58,9 +62,10 @@ class Learner:
         sums: Sums = {}
         for result in self.runner.train(batches, self.objective):
             add_sums(sums, result)
-        for expert in experts:
-            numbers = self.optimizers[expert].step()
-            add_sums(sums, {f"{expert}/{name}": (value, 1.0) for name, value in numbers.items()})
+        with timers("optimizer"):
+            for expert in experts:
+                numbers = self.optimizers[expert].step()
+                add_sums(sums, {f"{expert}/{name}": (value, 1.0) for name, value in numbers.items()})
         return sums
 
     def _weigh(self, samples: Sequence[Sample], experts: Sequence[str]) -> None:

@@ -65,7 +65,7 @@ class Trainer:
             numbers.add(self.scoring.score(samples, step, edges, timers))
         numbers.add(self.runner.work("score"))
         with timers("update"):
-            numbers.add(self.learner.update(samples, self.schedule.training(step)))
+            numbers.add(self.learner.update(samples, self.schedule.training(step), timers))
         numbers.add(self.runner.work("update"))
         numbers.add_busy({part: timers.seconds(part) for part in BUSY_PHASES})
         numbers.add_deltas(samples)

@@ -1,8 +1,9 @@
 """Timers: exclusive nested phases that add up to the step, token rates, announcements."""
 import pytest
+import torch
 
 from copd_megatron.metrics.names import check_name
-from copd_megatron.metrics.timers import Timers
+from copd_megatron.metrics.timers import RANGE, UNREAD, StreamClock, Timers
 
 
 class Clock:
@@ -11,8 +12,12 @@ class Clock:
     def __init__(self):
         self.now = 100.0
 
-    def __call__(self):
+    def mark(self):
         return self.now
+
+    @staticmethod
+    def seconds(start, end):
+        return end - start
 
 
 def test_nested_phases_are_counted_once_and_add_up():
@@ -77,11 +82,52 @@ def test_unknown_phase_is_refused():
             pass
 
 
-def test_phases_are_announced_and_devices_waited_for():
-    heard, waits = [], []
-    timers = Timers(lambda: waits.append(1), heard.append)
+def test_phases_are_announced():
+    heard = []
+    timers = Timers(heard.append)
     with timers("rollout"):
         with timers("vision"):
             pass
     assert heard == ["rollout", "vision", "rollout"]
-    assert len(waits) == 4                           # both borders of both phases
+
+
+def test_a_border_waits_for_nobody_and_old_marks_are_read_on_the_way():
+    class Stream(Clock):
+        waits = 0
+
+        def seconds(self, start, end):
+            self.waits += 1
+            return end - start
+
+    clock = Stream()
+    timers = Timers(clock=clock)
+    for number in range(UNREAD + 1):
+        assert clock.waits == 0, number
+        with timers("exchange"):
+            clock.now += 1
+    assert clock.waits == UNREAD // 2
+    assert timers.collect() == {"time/exchange_s": UNREAD + 1, "time/other_s": 0, "time/step_s": UNREAD + 1}
+
+
+def test_phases_are_ranges_of_a_profile():
+    timers = Timers()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with timers("update"), timers("optimizer"):
+            torch.zeros(2).add_(1)
+    ranges = {e.name: e.time_range for e in profile.events() if e.name.startswith(RANGE)}
+    assert ranges.keys() == {RANGE + "update", RANGE + "optimizer"}
+    inner, outer = ranges[RANGE + "optimizer"], ranges[RANGE + "update"]
+    assert outer.start <= inner.start <= inner.end <= outer.end
+
+
+@pytest.mark.gpu
+def test_a_stream_clock_charges_kernels_to_the_phase_that_launched_them():
+    timers, big = Timers(clock=StreamClock()), torch.randn(4096, 4096, device="cuda")
+    with timers("score"):
+        for _ in range(20):
+            big @ big
+    with timers("update"):
+        pass
+    values = timers.collect()
+    assert values["time/score_s"] > 10 * values["time/update_s"]
+    assert values["time/step_s"] == pytest.approx(sum(v for k, v in values.items() if k != "time/step_s"), rel=1e-3)

@@ -11,7 +11,17 @@ from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, PackRules, build_pack
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
 from copd_megatron.model.vocab_parallel import score
-from copd_megatron.simulate.flops import LINEARS, WAYS, Flops, UpdateShape, pass_streams, recomputed_flops, update_flops
+from copd_megatron.simulate.flops import (
+    LINEARS,
+    WAYS,
+    Flops,
+    Stream,
+    UpdateShape,
+    group_streams,
+    pass_streams,
+    recomputed_flops,
+    update_flops,
+)
 from support.random_backbone import MOE_SPEC, SPEC, make_prompt, one_rank_groups
 
 CPU = torch.device("cpu")
@@ -90,6 +100,51 @@ def groups():
     made = one_rank_groups()
     yield made
     made.destroy()
+
+
+@pytest.mark.parametrize("scope, first_layer, sharing", [
+    ("sequence", 0, True), ("sequence", 2, True), ("completion", 2, True), ("sequence", 2, False),
+    ("completion", 0, False)])
+def test_streams_of_ragged_lanes_are_those_of_the_pack(scope, first_layer, sharing):
+    rules = PackRules(scope, first_layer, sharing)
+    lanes = [Leaf("a", [7, 8]), Leaf("a", [7, 8]), Leaf("b", [7, 8]), Leaf(None, [9] * 5), Leaf("b", [11])]
+    group = LeafGroup(make_prompt(1, 9), lanes)
+    pack = build_pack([group], rules, CPU)
+    streams = group_streams(group, rules)
+    assert streams.scored == len(pack.target_ids) == 2 + 2 + 2 + 5 + 1
+    above = streams.trunks + streams.lanes
+    assert _in_level(pack.upper) == (above.tokens, above.pairs, above.adapted)
+    if pack.lower is not None:
+        assert _in_level(pack.lower) == (streams.below.tokens, streams.below.pairs, 0)
+    if scope == "completion" and sharing:
+        assert streams.trunks == Stream(6, 21)
+        outside = build_pack([group], rules, CPU, outside=True)
+        alone = group_streams(group, rules, outside=True)
+        assert _in_level(outside.upper) == (alone.lanes.tokens, alone.lanes.pairs, alone.lanes.adapted)
+        assert alone.trunks == Stream()
+    if sharing:  # sampled lanes are decoded each on its own
+        decoded = group_streams(group, rules, decoded=True)
+        twin = group_streams(LeafGroup(group.prompt, lanes[:1]), rules, outside=True).lanes
+        assert decoded.lanes.tokens == streams.lanes.tokens + twin.tokens
+        assert decoded.below.tokens == streams.below.tokens + 2 * twin.tokens
+
+
+def _in_level(level):
+    """(tokens, pairs, adapted tokens) of a level."""
+    spans = [span for part in level.parts for span in part.spans]
+    return (level.tokens, sum((b - a) * (b - a + 1) // 2 + (b - a) * (d - c) for a, b, c, d in spans),
+            sum(_rows(rows) for part in level.parts for lane, rows in part.routing if lane is not None))
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_lanes_of_equal_length_take_the_closed_form(scope, sharing):
+    adapter = AdapterConfig(scope=scope, rank=2, alpha=2.0)
+    for shape in SHAPES:
+        lanes = [Leaf(f"e{n}", [7 + g] * shape.completion) for n in range(shape.experts) for g in range(shape.group)]
+        group = LeafGroup(make_prompt(1, shape.prefix, header=shape.header), lanes)
+        streams = group_streams(group, PackRules(scope, 0, sharing))
+        assert streams == pass_streams(shape, adapter, shape.experts, sharing)
 
 
 def _run_and_count(groups, way, shape, adapter, attention, spec=SPEC, recompute="none"):

@@ -1,0 +1,122 @@
+"""The profile of a step: phases add up, operations are what torch counts, keys are stable, bad input is refused."""
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from copd_megatron.metrics.names import TIMED_PHASES
+from copd_megatron.simulate.flops import Flops
+from support.toy_run import toy_config, toy_trainer
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+RECIPE = """from support.toy_run import toy_config
+
+def recipe():
+    return toy_config(adapter={"scope": "completion"})
+"""
+RATES = {"flops", "flops_per_s", "mfu"}
+
+
+@pytest.fixture(scope="module")
+def tool():
+    sys.path.insert(0, str(TOOLS))
+    spec = importlib.util.spec_from_file_location("profile_step", TOOLS / "profile_step.py")
+    module = sys.modules["profile_step"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(TOOLS))
+    del sys.modules["profile_step"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    file = tmp_path_factory.mktemp("profile") / "toy.py"
+    file.write_text(RECIPE)
+    return file
+
+
+def test_phases_add_up_and_every_number_has_its_key(tool, recipe, capsys):
+    out, trace = recipe.with_name("profile.json"), recipe.with_name("trace.json")
+    assert tool.main([str(recipe), "--set", "rollout.prompts_per_step=2", "--hardware", "h100", "--top", "6",
+                      "--json", str(out), "--trace", str(trace)]) == 0
+    result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert result["peak_flops"] == 67e12 and result["dtype"] == "float64" and result["ranks"] == 1
+    assert list(result["steps"]) == ["rlvr", "opd"]
+    for kind, step in result["steps"].items():
+        phases = step["phases"]
+        assert list(phases) == [*TIMED_PHASES, "other"]
+        assert step["step_s"] == pytest.approx(sum(row["seconds"] for row in phases.values()))
+        assert sum(row["share"] for row in phases.values()) == pytest.approx(1)
+        assert step["flops"] == pytest.approx(sum(row["flops"] for row in phases.values()))
+        assert step["mfu"] == pytest.approx(step["flops"] / step["step_s"] / 67e12)
+        assert all(row.keys() == {"seconds", "share", *RATES} for row in phases.values())
+        assert {p for p in phases if phases[p]["flops"]} == {"rollout", "score", "update"}
+        assert all(phases[p]["seconds"] > 0 for p in ("rollout", "verify", "score", "update", "optimizer"))
+        assert len(step["operators"]) == 6
+        for row in step["operators"]:
+            assert row.keys() == {"name", "calls", "self_s", "share", "phases"} and row["calls"] > 0
+            assert row["self_s"] == pytest.approx(sum(row["phases"].values()))
+        assert f"{kind} step: " in printed
+    assert result["steps"]["opd"]["flops"] > result["steps"]["rlvr"]["flops"]
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert names >= {"step/rlvr", "step/opd", "phase/rollout", "phase/optimizer", "aten::mm"}
+    assert not list(recipe.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("sections", [
+    {"adapter": {"first_layer": 1}},
+    {"adapter": {"scope": "completion"}, "rollout": {"prefix_store_bytes": 10**9}},
+    {"adapter": {"scope": "completion"}, "rollout": {"prefix_store_bytes": 1}},
+])
+def test_operations_are_those_of_the_matrix_products_that_ran(tool, tmp_path, sections):
+    # Step 1 measures no agreement of experts, whose scores pass the head more than once.
+    config = toy_config("qwen3", experts=("text", "image"), **sections, schedule={"rl_steps": 3},
+                        metrics={"overlap_every": 2})
+    wanted = config.rollout.prompts_per_step * config.rollout.group_size * config.rollout.max_completion_tokens
+    with toy_trainer(config, tmp_path) as trainer:
+        work = tool.StepWork(trainer)
+        with FlopCounterMode(display=False) as counter:
+            metrics = trainer.train_step(1, "rlvr")
+        counted = work.collect()
+        # A lane that ends early would be fed on beside the others, which nobody needs.
+        assert metrics["tokens/step"] == 2 * wanted
+        assert work.collect() == {}
+    assert counted.keys() == {"rollout", "score", "update"}
+    total = sum(counted.values(), Flops())
+    ran = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in ran.items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    if sections.get("rollout", {}).get("prefix_store_bytes") == 1:  # evicted prompts are evaluated again
+        assert products > total.linears + total.adapters + total.head
+    else:
+        assert products == pytest.approx(total.linears + total.adapters + total.head, rel=1e-12)
+
+
+def test_the_innermost_range_counts(tool):
+    ranges = tool._Ranges([(0, 10, "a"), (2, 5, "b"), (5, 6, "c"), (20, 30, "a")])
+    assert [ranges.at(t) for t in (-1, 0, 2, 4.9, 5, 6, 10, 19, 20, 31)] == [
+        None, "a", "b", "b", "c", "a", None, None, "a", None]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--hardware", "h10"], "--hardware: 'h10' is neither built in nor a file; .*did you mean h100"),
+    (["--set", "rollout.prompt_per_step=2"], "rollout.prompt_per_step.*prompts_per_step"),
+    (["--steps", "0"], "--steps: 0; at least 1"),
+    (["--json", "no/folder/x.json"], "--json: no/folder is no folder"),
+])
+def test_bad_input_is_one_line(tool, recipe, capsys, arguments, message):
+    try:
+        code = tool.main([str(recipe), *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_is_neither_recipe_nor_run_is_refused(tool, tmp_path, capsys):
+    assert tool.main([str(tmp_path)]) == 2 and "holds no run" in capsys.readouterr().err
+    assert tool.main([str(tmp_path / "no.py")]) == 2 and "no.py" in capsys.readouterr().err
