@@ -2,8 +2,8 @@
 
 Rollout engine and runner say what they are given; `copd_megatron.simulate.flops` says what that takes, with the true
 length of every completion. Counted is what the model needs, as is usual for MFU (Chowdhery et al. 2022,
-arXiv:2204.02311): neither layers that are recomputed in the backward nor prompts that are found in the prefix store;
-embedding, norms and the vision tower are left out as well.
+arXiv:2204.02311): neither layers that are recomputed in the backward nor prompts that are found in the prefix store
+(what it has evicted is evaluated, and counts, again); embedding, norms and the vision tower are left out as well.
 """
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ class StepWork:
         self._prompts = _Prompts(phase, flops, tokens, before)
 
     def _settle(self) -> None:
-        """Add the prompts of the last work as far as the store did not have them."""
+        """Add the prompts of the last work, as often as the store had to evaluate them."""
         if self._prompts is not None and self._prompts.tokens:
             phase, flops, tokens, before = self._prompts
-            self._flops[phase] += flops * min(1.0, (self.prefill.computed_tokens - before) / tokens)
+            self._flops[phase] += flops * ((self.prefill.computed_tokens - before) / tokens)
         self._prompts = None
 
     def _cost(self, groups: Iterable[LeafGroup], backward: bool, decoded: bool, outside: bool) -> Flops:
