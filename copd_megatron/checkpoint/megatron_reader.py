@@ -17,12 +17,13 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from copd_megatron.checkpoint.huggingface import copy_companions
-from copd_megatron.checkpoint.megatron_names import LAYER, RELEASE, TRACKER, Slot, check_supported, slots
+from copd_megatron.checkpoint.megatron_names import LAYER, RELEASE, TRACKER, Slot, check_supported, piece_rows, slots
 from copd_megatron.checkpoint.weight_stream import DTYPES, write_file
 from copd_megatron.checkpoint.whole_folder import whole_folder
+from copd_megatron.model.moe_weights import Storage
 from copd_megatron.model.safetensor_reader import SafetensorReader, TensorEntry, check_files
 from copd_megatron.model.spec import BackboneSpec
-from copd_megatron.model.translate import HEAD_NAME, TEXT_PREFIX, expected_shapes
+from copd_megatron.model.translate import HEAD_NAME, TEXT_PREFIX, expected_shapes, stored_as
 from copd_megatron.types import UserError
 
 REMEMBERED = 3
@@ -85,7 +86,7 @@ class MegatronCheckpoint:
         return kinds.pop()
 
     def read(self, slot: Slot) -> Tensor:
-        """The values of a slot; padding of a vocabulary is left out. The last few are remembered.
+        """The values of a slot, [rows] or [rows, cols], without padding of a vocabulary. The last few are remembered.
 
         Raises:
             UserError: the tensor is missing, smaller than the backbone's or not all there.
@@ -129,7 +130,7 @@ class MegatronCheckpoint:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"--checkpoint: {self.folder}: {key} cannot be read ({str(error).splitlines()[0]}); a "
                             "complete checkpoint is needed; copy it anew") from error
-        return target.view(slot.shape)
+        return target.view(slot.rows)
 
 
 def _iteration_folder(folder: Path) -> Path:
@@ -156,12 +157,12 @@ def from_megatron(checkpoint: Path, backbone: Path, spec: BackboneSpec, folder: 
     check_supported(backbone, spec)
     source = MegatronCheckpoint(checkpoint)
     kind = dtype or source.dtype(spec)
-    places = _places(spec)
     by_file: dict[Path, dict[str, TensorEntry]] = {}
     for name, entry in sorted(check_files(backbone).items(), key=lambda item: item[1].begin):
         by_file.setdefault(entry.file, {})[name] = entry
     kept = {DTYPES[entry.dtype] for entries in by_file.values() for entry in entries.values()} == {kind}
     with whole_folder(folder, "the Hugging Face directory") as partial, SafetensorReader(backbone) as old:
+        places = _places(spec, stored_as(spec, old))
         for file, entries in sorted(by_file.items()):
             def tensor(name: str, entries=entries) -> Tensor:
                 # What is no weight, such as the frequencies that old checkpoints carry, stays as it was.
@@ -172,24 +173,29 @@ def from_megatron(checkpoint: Path, backbone: Path, spec: BackboneSpec, folder: 
         copy_companions(backbone, partial, None if kept else kind)
 
 
-def _places(spec: BackboneSpec) -> dict[str, list[tuple[slice, Slot, slice]]]:
-    """Hugging Face name -> (its rows, the slot and the slot's rows that hold them); inverse of ``slots``."""
-    shapes, places = expected_shapes(spec), {}
-    for slot in slots(spec):
+Place = tuple[tuple[slice | int, ...], Slot, slice]
+"""A part of a Hugging Face tensor (rows, or a matrix of a stack and rows), the slot and its rows that hold it."""
+
+
+def _places(spec: BackboneSpec, storage: Storage | None) -> dict[str, list[Place]]:
+    """Hugging Face name -> its places; inverse of ``slots``."""
+    shapes, places = expected_shapes(spec, storage), {}
+    for slot in slots(spec, storage):
         row = 0
         for piece in slot.pieces:
-            start, stop, _ = piece.rows.indices(shapes[piece.name][0])
-            places.setdefault(piece.name, []).append((slice(start, stop), slot, slice(row, row + stop - start)))
-            row += stop - start
+            rows = piece_rows(piece, shapes)
+            own = (*(() if piece.index is None else (piece.index,)), slice(rows.start, rows.stop))
+            places.setdefault(piece.name, []).append((own, slot, slice(row, row + len(rows))))
+            row += len(rows)
     if spec.tied_head:
         places[HEAD_NAME] = places[f"{TEXT_PREFIX[spec.family]}embed_tokens.weight"]
     return places
 
 
-def _gathered(source: MegatronCheckpoint, parts: Sequence[tuple[slice, Slot, slice]], shape: Sequence[int]) -> Tensor:
+def _gathered(source: MegatronCheckpoint, parts: Sequence[Place], shape: Sequence[int]) -> Tensor:
     if len(parts) == 1:
         [(_, slot, rows)] = parts
-        return source.read(slot)[rows]
+        return source.read(slot)[rows].view(*shape)
     tensor = None
     for own, slot, rows in parts:
         values = source.read(slot)[rows]

@@ -10,9 +10,10 @@ padded, which GPTModel's loading allows for. Tensors are read when they are writ
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -26,6 +27,7 @@ from copd_megatron.checkpoint.megatron_names import (
     ARGUMENTS,
     FINAL_NORM,
     LAYER,
+    MOE_STATEFUL,
     RELEASE,
     STATEFUL,
     TRACKER,
@@ -38,7 +40,7 @@ from copd_megatron.checkpoint.weight_stream import DTYPES
 from copd_megatron.checkpoint.whole_folder import whole_folder
 from copd_megatron.model.safetensor_reader import SafetensorReader
 from copd_megatron.model.spec import BackboneSpec
-from copd_megatron.model.translate import expected_shapes
+from copd_megatron.model.translate import expected_shapes, stored_as
 from copd_megatron.types import UserError
 
 Data = Mapping[MetadataIndex, Callable[[], Tensor | io.BytesIO]]
@@ -68,23 +70,24 @@ def to_megatron(backbone: Path, spec: BackboneSpec, folder: Path, dtype: torch.d
     """
     check_supported(backbone, spec)
     with whole_folder(folder, "the Megatron checkpoint") as partial, SafetensorReader(backbone) as reader:
-        kind = dtype or _only_dtype(reader, spec)
+        storage = stored_as(spec, reader)
+        kind = dtype or _only_dtype(reader, expected_shapes(spec, storage))
         state = partial / RELEASE
         state.mkdir()
         data, items = {}, []
-        for slot in slots(spec):
+        for slot in slots(spec, storage):
             item = _write_item(slot, spec.num_layers, kind)
             items.append(item)
             data[item.index] = lambda slot=slot: _assembled(slot, backbone, kind, advance)
-        _write(state, items, data, _objects(spec.num_layers))
+        _write(state, items, data, _objects(spec))
         save_config(CheckpointingConfig("torch_dist"), str(state))
         (partial / ARGUMENTS).write_text("\n".join(megatron_arguments(backbone, spec, kind)) + "\n")
         # Last, as Megatron-LM looks for it first.
         (partial / TRACKER).write_text(RELEASE)
 
 
-def _only_dtype(reader: SafetensorReader, spec: BackboneSpec) -> torch.dtype:
-    kinds = {reader.entries[name].dtype for name in expected_shapes(spec)}
+def _only_dtype(reader: SafetensorReader, names: Iterable[str]) -> torch.dtype:
+    kinds = {reader.entries[name].dtype for name in names}
     if len(kinds) > 1:
         raise UserError(f"--dtype: {reader.path} mixes {', '.join(sorted(kinds))}; a Megatron checkpoint has one; "
                         "choose it with --dtype")
@@ -103,15 +106,17 @@ def _write_item(slot: Slot, layers: int, dtype: torch.dtype) -> WriteItem:
 def _assembled(slot: Slot, backbone: Path, dtype: torch.dtype, advance: Callable[[int], object]) -> Tensor:
     """The values of a slot. The files are opened anew, so that their pages do not stay in memory."""
     with SafetensorReader(backbone) as reader:
-        tensor = torch.cat([reader.read(piece.name, piece.rows, piece.cols) for piece in slot.pieces]).to(dtype)
+        tensor = torch.cat([piece.read(reader) for piece in slot.pieces]).to(dtype).view(slot.shape)
     advance(tensor.nbytes)
     return tensor if slot.layer is None else tensor[None]
 
 
-def _objects(layers: int) -> dict[MetadataIndex, Callable[[], io.BytesIO]]:
+def _objects(spec: BackboneSpec) -> dict[MetadataIndex, Callable[[], io.BytesIO]]:
     """What is no tensor: the common state, which dist_checkpointing.load insists on, and empty states of modules."""
-    empty = [ShardedObject(f"{LAYER}{module}._extra_state", None, (layers,), (layer,)) for module in STATEFUL
-             for layer in range(layers)]
+    empty = []
+    for module in STATEFUL if spec.moe is None else MOE_STATEFUL:
+        grid = (spec.num_layers, *((spec.moe.experts,) if ".experts." in module else ()))
+        empty += [ShardedObject(f"{LAYER}{module}._extra_state", None, grid, place) for place in np.ndindex(grid)]
     empty += [ShardedObject(key, value, (1,), (0,)) for key, value in ((f"{FINAL_NORM}._extra_state", None),
                                                                        ("common_state", {}))]
     return {MetadataIndex(found.unique_key): lambda data=found.data: _saved([data]) for found in empty}

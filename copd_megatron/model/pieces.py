@@ -31,8 +31,11 @@ class Piece:
             return reader.read(self.name, self.cols, self.rows, self.index).T
         return reader.read(self.name, self.rows, self.cols, self.index)
 
+    def matrix(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the matrix that it is a part of, as stored, if its tensor has this shape."""
+        return shape if self.index is None else shape[1:]
+
     def elements(self, shape: tuple[int, ...]) -> int:
         """How many numbers it has if its tensor has this shape."""
-        sizes = shape if self.index is None else shape[1:]
         cuts = (self.cols, self.rows) if self.transposed else (self.rows, self.cols)
-        return math.prod(len(range(*cut.indices(size))) for size, cut in zip(sizes, cuts))
+        return math.prod(len(range(*cut.indices(size))) for size, cut in zip(self.matrix(shape), cuts))

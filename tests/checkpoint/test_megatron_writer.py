@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from copd_megatron.checkpoint.megatron_names import check_supported, megatron_arguments, slots
-from copd_megatron.checkpoint.megatron_reader import from_megatron
+from copd_megatron.checkpoint.megatron_reader import MegatronCheckpoint, from_megatron
 from copd_megatron.checkpoint.megatron_writer import to_megatron
 from copd_megatron.checkpoint.sharded import Snapshot, write_index, write_part
 from copd_megatron.model.hf_config import load_hf_config
@@ -36,6 +36,7 @@ from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.types import UserError
+from support.fused_experts import fused_copy
 from support.ranks import run_ranks
 from support.tiny_models import tiny_model
 
@@ -46,15 +47,26 @@ MODELS = {"qwen3": ("qwen3", {}), "qwen3 tied, one KV head": ("qwen3", {"tie_wor
                                                                          "num_key_value_heads": 1}),
           "qwen2": ("qwen2", {}),
           "llama": ("llama", {"rope_parameters": LLAMA3, "shard_bytes": 40_000}),
-          "llama linear": ("llama", {"rope_parameters": LINEAR})}
+          "llama linear": ("llama", {"rope_parameters": LINEAR}),
+          "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}),
+          "qwen3_moe, weights as they are": ("qwen3_moe", {"mlp_only_layers": [], "norm_topk_prob": False,
+                                                            "num_experts_per_tok": 3, "num_key_value_heads": 1})}
+
+LAYOUTS = {"qwen3": [(1, 1), (2, 1)], "qwen3_moe": [(2, 2)]}
+"""Tensor and expert parallel sizes of the ranks that load a model's checkpoint; of others one rank."""
 
 
-def gpt_model(path: Path, tp: int = 1) -> tuple[GPTModel, Groups]:
+def gpt_model(path: Path, tp: int = 1, ep: int = 1) -> tuple[GPTModel, Groups]:
     """Megatron's model as its options say: the flags of `megatron_arguments` by hand."""
     spec = check_backbone(path)
     lines = megatron_arguments(path, spec, torch.float32)
     flags = dict((line.removeprefix("--").split(" ", 1) + [True])[:2] for line in lines)
-    groups = Groups.create(Layout(tp=tp), Placement.build(("a",), 1))
+    groups = Groups.create(Layout(tp=tp, ep=ep, sequence_parallel=ep > 1), Placement.build(("a",), 1))
+    moe = {"num_moe_experts": int(flags["num-experts"]), "moe_router_topk": int(flags["moe-router-topk"]),
+           "moe_ffn_hidden_size": int(flags["moe-ffn-hidden-size"]), "moe_router_dtype": flags["moe-router-dtype"],
+           "moe_router_pre_softmax": "moe-router-pre-softmax" in flags, "moe_router_load_balancing_type": "none",
+           "moe_token_dispatcher_type": flags["moe-token-dispatcher-type"], "expert_tensor_parallel_size": 1,
+           "expert_model_parallel_size": ep} if "num-experts" in flags else {}
     config = TransformerConfig(
         num_layers=int(flags["num-layers"]), hidden_size=int(flags["hidden-size"]),
         ffn_hidden_size=int(flags["ffn-hidden-size"]), num_attention_heads=int(flags["num-attention-heads"]),
@@ -63,8 +75,12 @@ def gpt_model(path: Path, tp: int = 1) -> tuple[GPTModel, Groups]:
         gated_linear_unit=flags["swiglu"], activation_func=F.silu, add_bias_linear=not flags["disable-bias-linear"],
         add_qkv_bias="add-qkv-bias" in flags, qk_layernorm="qk-layernorm" in flags, tensor_model_parallel_size=tp,
         hidden_dropout=0.0, attention_dropout=0.0, gradient_accumulation_fusion=False, bias_dropout_fusion=False,
-        bias_activation_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False)
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        bias_activation_fusion=False, masked_softmax_fusion=False, apply_rope_fusion=False, persist_layer_norm=False,
+        **moe)
+    layer = get_gpt_layer_local_spec(moe.get("num_moe_experts"), qk_layernorm=config.qk_layernorm,
+                                     normalization="RMSNorm")
+    if moe:  # the local spec names the norm of a linear_fc1 that MoE layers do not have
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     padded = -(-spec.vocab_size // 128) * 128  # as Megatron-LM pads its tables
     model = GPTModel(config, layer, padded, int(flags["max-position-embeddings"]), position_embedding_type="rope",
                      rotary_base=int(flags["rotary-base"]), rope_scaling="use-rope-scaling" in flags,
@@ -83,8 +99,8 @@ def load_into(model: GPTModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def check_logits(path: Path, folder: Path, tp: int) -> None:
-    model, groups = gpt_model(path, tp)
+def check_logits(path: Path, folder: Path, tp: int, ep: int = 1) -> None:
+    model, groups = gpt_model(path, tp, ep)
     load_into(model, folder / "release")
     token_ids = torch.arange(24)[None] * 7 % 260
     mask = torch.ones(1, 1, 24, 24, dtype=torch.bool).triu(1)
@@ -101,9 +117,8 @@ def test_megatrons_model_computes_transformers_logits_and_the_way_back_is_exact(
     path = tiny_model(family, **changes)
     spec = check_backbone(path)
     to_megatron(path, spec, tmp_path / "megatron")
-    run_ranks(1, check_logits, path, tmp_path / "megatron", 1)
-    if name == "qwen3":
-        run_ranks(2, check_logits, path, tmp_path / "megatron", 2)
+    for tp, ep in LAYOUTS.get(name, [(1, 1)]):
+        run_ranks(tp, check_logits, path, tmp_path / "megatron", tp, ep)
     from_megatron(tmp_path / "megatron", path, spec, tmp_path / "back")
     for file in path.iterdir():
         assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -114,7 +129,7 @@ def _save_with_megatron(path: Path, folder: Path) -> None:
 
     (Megatron's ``save`` starts a helper process on every rank first, which takes longer than all the rest.)
     """
-    model, groups = gpt_model(path, 2)
+    model, groups = gpt_model(path, 2, 2 if check_backbone(path).moe else 1)
     load_into(model, folder / "release")
     state = {key: value for key, value in model.sharded_state_dict().items() if not key.endswith("_extra_state")}
     apply_factories(state)
@@ -136,9 +151,10 @@ def _save_with_megatron(path: Path, folder: Path) -> None:
     groups.destroy()
 
 
-def test_what_megatron_saved_on_two_ranks_comes_back(tmp_path):
-    """Padded tables, fused tensors cut over ranks; the tracker file names the iteration."""
-    path = tiny_model("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_what_megatron_saved_on_two_ranks_comes_back(tmp_path, name):
+    """Padded tables, fused tensors cut over ranks, MoE experts shared out; the tracker file names the iteration."""
+    path = tiny_model(MODELS[name][0], **MODELS[name][1])
     spec = check_backbone(path)
     to_megatron(path, spec, tmp_path / "megatron")
     run_ranks(2, _save_with_megatron, path, tmp_path / "megatron")
@@ -152,9 +168,9 @@ def test_what_megatron_saved_on_two_ranks_comes_back(tmp_path):
 
 
 def test_names_and_sizes_are_gpt_models(tmp_path):
-    """Key by key, global shape by global shape, for tied and untied heads."""
-    for changes in ({}, {"tie_word_embeddings": True}):
-        path = tiny_model("qwen3", **changes)
+    """Key by key, global shape by global shape, for tied and untied heads, with MoE layers too."""
+    for name in ("qwen3", "qwen3 tied, one KV head", "qwen3_moe"):
+        path = tiny_model(MODELS[name][0], **MODELS[name][1])
         spec = check_backbone(path)
         ours = {slot.key: ((spec.num_layers,) if slot.layer is not None else ()) + slot.shape for slot in slots(spec)}
         [theirs] = run_ranks(1, _gpt_names, path)
@@ -175,12 +191,26 @@ def _gpt_names(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def test_what_gpt_model_cannot_be_is_refused():
-    for family, changes, what in (("qwen3_vl", {}, "a vision tower"), ("qwen3_moe", {}, "a Mixture of Experts"),
+    for family, changes, what in (("qwen3_vl", {}, "a vision tower"), ("qwen3_moe", {}, "dense layers between"),
+                                  ("qwen3_moe", {"mlp_only_layers": [], "num_experts_per_tok": 1}, "num_experts_per_"),
                                   ("llama", {"attention_bias": True}, "biases on o_proj"),
                                   ("llama", {}, "rotary scaling .*llama3")):
         with pytest.raises(UserError, match=f"--backbone: family {family} has {what}.*; continue from the H"):
             path = tiny_model(family, **changes)
             check_supported(path, check_backbone(path))
+
+
+def test_fused_moe_experts_give_the_same_checkpoint_and_come_back_fused(tmp_path):
+    plain = tiny_model("qwen3_moe", mlp_only_layers=[])
+    fused = fused_copy(plain, tmp_path / "fused")
+    spec = check_backbone(fused)
+    for path, name in ((plain, "a"), (fused, "b")):
+        to_megatron(path, spec, tmp_path / name)
+    stored = [{slot.key + str(slot.layer): MegatronCheckpoint(tmp_path / name).read(slot) for slot in slots(spec)}
+              for name in "ab"]
+    assert all(torch.equal(stored[1][key], tensor) for key, tensor in stored[0].items())
+    from_megatron(tmp_path / "a", fused, spec, tmp_path / "back")
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (fused / "model.safetensors").read_bytes()
 
 
 def test_broken_and_unfitting_checkpoints_are_named(tmp_path):

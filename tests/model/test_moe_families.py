@@ -16,6 +16,7 @@ from copd_megatron.model.prompt import PromptEncoder
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack
 from copd_megatron.model.translate import check_backbone, load_backbone_weights
 from copd_megatron.types import UserError
+from support.fused_experts import fused_copy
 from support.pictures import mixed_questions
 from support.tiny_models import tiny_model
 
@@ -59,18 +60,8 @@ def test_transposed_moe_experts_are_the_same(tmp_path, one_rank):
 
 
 def test_fused_moe_experts_are_the_same(tmp_path, one_rank):
-    def fuse(name, tensor):
-        layer, _, rest = name.partition(".mlp.experts.")
-        if not rest or not rest.startswith("0."):
-            return {} if rest else {name: tensor}
-        stacks = {part: torch.stack([tensors[f"{layer}.mlp.experts.{e}.{part}_proj.weight"] for e in range(6)])
-                  for part in ("gate", "up", "down")}
-        return {f"{layer}.mlp.experts.gate_up_proj": torch.cat([stacks["gate"], stacks["up"]], 1),
-                f"{layer}.mlp.experts.down_proj": stacks["down"]}
-
     plain, groups = tiny_model("qwen3_moe"), one_rank("only")
-    tensors = load_file(plain / "model.safetensors")
-    assert torch.equal(_logits(_stored(tmp_path, "qwen3_moe", fuse), groups), _logits(plain, groups))
+    assert torch.equal(_logits(fused_copy(plain, tmp_path / "fused"), groups), _logits(plain, groups))
 
 
 @pytest.mark.parametrize(("family", "edit", "named"), [
