@@ -328,6 +328,13 @@ def test_adapters_score_as_peft_says(scope, one_rank, tmp_path, monkeypatch):
         if scope == "completion":
             assert "a prompt ends in its invocation tokens" in got[3]["error"]
             assert "it holds the invocation tokens" in got[4]["error"]
+    if scope == "completion":
+        asked = write(tmp_path / "asked.jsonl", [{k: v for k, v in row.items() if k != "completion"}
+                                                 for row in rows + wrong[:1]])
+        *drawn, refused = generate(path, asked, tmp_path / "drawn.jsonl", "--adapter", str(tmp_path / "adapter"),
+                                   "--max-tokens", "2")
+        assert all(len(row["completions"]) == 1 for row in drawn) and len(drawn) == 3
+        assert "a prompt ends in its invocation tokens" in refused["error"]
 
 
 @torch.no_grad()

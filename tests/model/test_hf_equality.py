@@ -57,9 +57,11 @@ CHECKPOINTS: dict[str, tuple[str, dict]] = {family: (family, {}) for family in (
     "qwen2_5_vl, other head, yarn": ("qwen2_5_vl", {"tie_word_embeddings": True} | _rope(
         "yarn", factor=4.0, original_max_position_embeddings=32, mrope_section=[2, 1, 1])),
     "qwen3, other head": ("qwen3", {"tie_word_embeddings": True}),
-    "qwen2, other head, yarn": ("qwen2", {"tie_word_embeddings": False} | _rope(
+    "qwen2, other head, one key/value head, yarn": ("qwen2", {
+        "tie_word_embeddings": False, "num_key_value_heads": 1} | _rope(
         "yarn", factor=8.0, original_max_position_embeddings=32, mscale=1.0, mscale_all_dim=0.4)),
-    "llama, linear": ("llama", _rope("linear", factor=3.0)),
+    "llama, other head, one key/value head, linear": ("llama", {
+        "tie_word_embeddings": True, "num_key_value_heads": 1} | _rope("linear", factor=3.0)),
     "llama, dynamic": ("llama", _rope("dynamic", factor=3.0)),
     "qwen3, longrope": ("qwen3", _rope("longrope", short_factor=[1.0, 1.1, 1.2, 1.3, 1.5, 2.0], long_factor=[4.0] * 6,
                                        factor=4.0, original_max_position_embeddings=128)),
@@ -71,7 +73,7 @@ CHECKPOINTS: dict[str, tuple[str, dict]] = {family: (family, {}) for family in (
         "norm_topk_prob": False, "decoder_sparse_step": 2, "mlp_only_layers": None, "tie_word_embeddings": True,
         "num_experts": 4, "num_experts_per_tok": 3, "num_key_value_heads": 1}),
     "qwen3_vl_moe, other head and layers": ("qwen3_vl_moe", {
-        "num_experts_per_tok": 1, "mlp_only_layers": [], "tie_word_embeddings": False}),
+        "num_experts_per_tok": 1, "mlp_only_layers": [], "tie_word_embeddings": False, "num_key_value_heads": 1}),
 }
 """Name -> family and what is different: heads (tied or not) on one end of the pipeline or both, rotary scalings,
 fewer key/value heads than ranks, biases, which layers are MoE and how they weigh."""

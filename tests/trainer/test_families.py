@@ -23,11 +23,13 @@ BACKBONES = {
     "qwen2_5_vl, one key/value head": ("qwen2_5_vl", {"num_key_value_heads": 1}),
     "llama, biases, one key/value head": ("llama", {"num_key_value_heads": 1, **BIASED}),
     "qwen2": ("qwen2", {}),
+    "qwen3_moe, one key/value head": ("qwen3_moe", {"num_key_value_heads": 1, "mlp_only_layers": [1]}),
 }
-VISION, BIASES, QWEN2 = BACKBONES
+VISION, BIASES, QWEN2, MOE = BACKBONES
 
 LAYOUTS = {  # world size -> (parallel section, backbone); Qwen2's two key/value heads are on two of four ranks each
-    2: [({"tensor": 2}, VISION), ({"tensor": 2, "sequence_parallel": True}, VISION), ({"tensor": 2}, BIASES)],
+    2: [({"tensor": 2}, VISION), ({"tensor": 2, "sequence_parallel": True}, VISION), ({"tensor": 2}, BIASES),
+        ({"tensor": 2, "sequence_parallel": True, "moe_expert": 2}, MOE)],
     4: [({"tensor": 4, "sequence_parallel": True}, QWEN2), ({"tensor": 2, "context": 2}, VISION),
         ({"tensor": 2, "pipeline": 2, "sequence_parallel": True}, BIASES)],
 }
