@@ -58,6 +58,8 @@ VARIANTS = {
     "moe, completion, full": {
         "adapter": COMPLETION | {"targets": ("o_proj", "down_proj")}, "model": {"recompute": "full"},
         "exchange": {"topology": "ring", "transport": "gather_adapters"}},
+    "moe, deep": {
+        "adapter": {"targets": ("q_proj", "up_proj")}, "exchange": {"topology": "hub", "transport": "scatter"}},
     "deep, split, selective": {
         "optimizer": {"microbatch_tokens": 44}, "adapter": {"first_layer": 3}, "model": {"recompute": "selective"},
         "exchange": {"topology": "hub", "transport": "scatter"}},
@@ -65,7 +67,7 @@ VARIANTS = {
         "adapter": COMPLETION, "rollout": {"prefix_store_bytes": 1 << 20}, "opd": {"signal": "topk", "topk": 8},
         "exchange": {"topology": "ring", "transport": "scatter"}},
 }
-S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, STORED, NAIVE, FOUR, MOE, MOE_FULL, DEEP, DEEP_STORED = VARIANTS
+S, SELECTIVE, S_FULL, C_FULL, C_SPLIT, STORED, NAIVE, FOUR, MOE, MOE_FULL, MOE_DEEP, DEEP, DEEP_STORED = VARIANTS
 
 LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is left
     2: [({"tensor": 2}, C_SPLIT), ({"tensor": 2, "sequence_parallel": True}, S), ({"context": 2}, S),
@@ -82,7 +84,8 @@ LAYOUTS = {  # world size -> (parallel section, variant); replicas are what is l
         ({"pipeline": 2, "context": 2, "moe_expert": 2}, MOE_FULL),
         ({"tensor": 2, "sequence_parallel": True}, STORED)],
     6: [({"pipeline": 2}, S_FULL), ({"context": 2}, SELECTIVE), ({"tensor": 2, "sequence_parallel": True}, NAIVE),
-        ({"context": 2, "pipeline": 3, "virtual_pipeline": 2}, DEEP)],
+        ({"context": 2, "pipeline": 3, "virtual_pipeline": 2}, DEEP),
+        ({"context": 2, "pipeline": 3, "virtual_pipeline": 2, "moe_expert": 2}, MOE_DEEP)],
     8: [({"tensor": 2, "pipeline": 2, "context": 2, "sequence_parallel": True}, S_FULL),
         ({"tensor": 2, "pipeline": 2, "context": 2}, C_FULL), ({"context": 8}, S),
         ({"tensor": 2, "context": 2, "sequence_parallel": True}, C_FULL), ({"pipeline": 2, "context": 2}, C_SPLIT),
@@ -93,9 +96,10 @@ CASES = [(world, number) for world, layouts in LAYOUTS.items() for number in ran
 
 def _config(variant, parallel, old="-", **sections):
     """``old``: folder of the frozen teacher; ``sections`` lie over the variant's."""
-    path = tiny_model("qwen3", num_hidden_layers=7 if variant.startswith("deep") else 3)
+    layers = 7 if "deep" in variant else 3
+    path = tiny_model("qwen3", num_hidden_layers=layers)
     if variant.startswith("moe"):
-        path = tiny_model("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1])
+        path = tiny_model("qwen3_moe", num_hidden_layers=layers, mlp_only_layers=[1])
     merged = {"model": {"path": str(path), "dtype": "float64"},
               "adapter": {"rank": 3, "alpha": 6.0, "targets": TARGETS},
               "optimizer": {"lr": 1e-2, "warmup_steps": 2, "microbatch_tokens": 200},
