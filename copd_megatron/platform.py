@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
@@ -44,6 +45,14 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return CPU
+
+
+def on_device(array: np.ndarray, where: torch.device) -> torch.Tensor:
+    """A tensor of the array there, copied without waiting for what the device has yet to do.
+
+    On the CPU it shares the array's memory; CUDA has read the array when this returns, as it is not pinned.
+    """
+    return torch.from_numpy(array).to(where, non_blocking=True)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ Random hidden states of a student and a teacher and one frozen head; the loss is
 
 * `jsd`, `reverse`, `forward`: the divergence over the whole vocabulary;
 * `topk`: the reverse divergence on the teacher's top 64 and the rest's mass, the teacher's scoring included;
-* `logprob`: log-prob of the sampled token, and its entropy.
+* `logprob`: log-prob of the sampled token, differentiated, and the entropy, which is only recorded.
 
 `materialised` is plain torch: matmul, log_softmax and the definition, differentiated by autograd. Where Liger-Kernel
 (Hsu et al. 2024, arXiv:2410.10989) is installed and there is a GPU, its fused linear JSD runs as well. Every side
@@ -42,7 +42,8 @@ from copd_kernels.backend import resolve  # noqa: E402
 from copd_megatron.checkpoint.peak_memory import PeakMemory  # noqa: E402
 from copd_megatron.losses.topk_kl import log_tail, topk_divergence  # noqa: E402
 from copd_megatron.model.backbone import DTYPES  # noqa: E402
-from copd_megatron.model.vocab_parallel import Head, full_divergence, score  # noqa: E402
+from copd_megatron.model.full_divergence import full_divergence  # noqa: E402
+from copd_megatron.model.vocab_parallel import Head, score  # noqa: E402
 from copd_megatron.types import UserError  # noqa: E402
 
 LOSSES = ("jsd", "topk", "reverse", "forward", "logprob")
@@ -96,7 +97,7 @@ def chunked(case: Case, loss: str, head: Head) -> Tensor:
     """[T] values by the trainer's functions."""
     if loss == "logprob":
         scores = score(case.student_TH, head, case.ids_T, entropy=True)
-        return scores.logprobs_T + scores.entropy_T
+        return scores.logprobs_T + scores.entropy_T  # which has no gradient
     if loss != "topk":
         return full_divergence(case.student_TH, case.teacher_TH, head, loss)
     with torch.no_grad():
@@ -110,7 +111,8 @@ def materialised(case: Case, loss: str, _: Head) -> Tensor:
     """[T] values by their definitions, on logits of all tokens."""
     log_p_TV = (case.student_TH @ case.head_VH.T).float().log_softmax(1)
     if loss == "logprob":
-        return log_p_TV.gather(1, case.ids_T[:, None])[:, 0] - (log_p_TV.exp() * log_p_TV).sum(1)
+        entropy_T = -(log_p_TV.detach().exp() * log_p_TV.detach()).sum(1)
+        return log_p_TV.gather(1, case.ids_T[:, None])[:, 0] + entropy_T
     with torch.no_grad():
         log_q_TV = (case.teacher_TH @ case.head_VH.T).float().log_softmax(1)
     if loss == "topk":

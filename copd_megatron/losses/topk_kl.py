@@ -50,8 +50,9 @@ def topk_divergence(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, te
         [T] in the student's dtype, >= 0 up to rounding; neither masked nor reduced.
 
     Raises:
-        ValueError: shapes do not fit, or the teacher's masses do not sum to 1 (renormalised log-probs, a tail
-            given as a mass instead of a logarithm).
+        ValueError: shapes do not fit.
+        RuntimeError: the teacher's masses do not sum to 1 (renormalised log-probs, a tail given as a mass instead of
+            a logarithm); on CUDA a device-side assertion.
     """
     shapes = [tuple(t.shape) for t in (student_logprobs_TK, teacher_logprobs_TK, teacher_log_tail_T)]
     if not (len(shapes[0]) == 2 and shapes[0] == shapes[1] and shapes[0][:1] == shapes[2]):
@@ -59,9 +60,9 @@ def topk_divergence(student_logprobs_TK: Tensor, teacher_logprobs_TK: Tensor, te
     if not 0 < jsd_weight < 1:
         raise ValueError(f"jsd_weight: {jsd_weight}; between 0 and 1, both excluded")
     error_T = (teacher_logprobs_TK.detach().exp().sum(1) + teacher_log_tail_T.detach().exp() - 1).abs()
-    if not bool((error_T < MASS_TOLERANCE).all()):
-        raise ValueError(f"teacher_log_tail_T: masses miss 1 by {float(error_T.max()):.3f}; head and tail "
-                         "must sum to 1, the tail as a natural logarithm")
+    # Without waiting for the device: on CUDA it stops the process at its next synchronisation.
+    torch._assert_async((error_T < MASS_TOLERANCE).all(), f"teacher_log_tail_T: masses miss 1 by {MASS_TOLERANCE} or "
+                        "more; head and tail must sum to 1, the tail as a natural logarithm")
     divergence = implementation("topk_kl", kernels).topk_divergence
     return divergence(student_logprobs_TK, teacher_logprobs_TK, teacher_log_tail_T, kind, jsd_weight)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from copd_kernels.prefix_attention.plan import Plan
 from copd_kernels.prefix_attention.plan import Span as Piece
 from copd_megatron.model.row_share import RowLayout, RowShare, local_slices, pieces_of
+from copd_megatron.platform import on_device
 from copd_megatron.types import Prompt
 
 Routes = tuple[tuple[str, Tensor | slice], ...]
@@ -83,7 +84,7 @@ class Level:
 def to_tensor(parts: Sequence[np.ndarray], device: torch.device) -> Tensor:
     """Integer arrays one after the other."""
     joined = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-    return torch.from_numpy(np.ascontiguousarray(joined)).to(device)
+    return on_device(np.ascontiguousarray(joined), device)
 
 
 def place(spans: dict[tuple, Span], prompts: Sequence[Prompt], device: torch.device, share: RowShare,
@@ -118,7 +119,7 @@ def place(spans: dict[tuple, Span], prompts: Sequence[Prompt], device: torch.dev
     context = np.concatenate([layout.of_context(cut) for cut in layout.parts])
     mine = source[layout.mine()]
     visual_index = np.flatnonzero(mine >= 0)
-    position_ids = torch.from_numpy(np.ascontiguousarray(positions[:, context])).to(device)
+    position_ids = on_device(np.ascontiguousarray(positions[:, context]), device)
     level = Level(sum(map(len, rows.values())), to_tensor([token_ids[layout.by_sequence()]], device), position_ids,
                   to_tensor([visual_index], device),
                   to_tensor([mine[visual_index]], device), parts, layout)
@@ -182,4 +183,4 @@ def _route(rows: np.ndarray, device: torch.device) -> slice | Tensor:
     """One slice where rows are contiguous, else (or where there are none) an index."""
     if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
         return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(device)
+    return on_device(rows, device)

@@ -1,16 +1,16 @@
-"""Everything over the vocabulary: log-probs, entropy, top-k and full divergences of the frozen, sharded head.
+"""Everything over the vocabulary: log-probs, entropy and top-k of the frozen, sharded head.
 
 log p_v = z_v - log sum_u exp z_u with z = hidden weight^T / temperature. Logits exist for ``chunk_tokens``
-tokens and one rank's shard of the vocabulary at a time, forward and backward, so that memory does not grow
-with tokens x vocabulary (chunked losses: Hsu et al. 2024, arXiv:2410.10989; shards merged as in Shoeybi et
-al. 2019, arXiv:1909.08053). Gradients go to the hidden states only, complete on every rank of the group.
+tokens and one rank's shard of the vocabulary at a time, so that memory does not grow with tokens x vocabulary
+(chunked losses: Hsu et al. 2024, arXiv:2410.10989; shards merged as in Shoeybi et al. 2019, arXiv:1909.08053).
+And they exist once: what the backward needs of them, a mean of the head's rows per token, is taken in the forward.
+Gradients go to the hidden states only, complete on every rank of the group.
 
 Shape suffixes: T tokens, H hidden, V this rank's real vocabulary rows, K ids per token, J = 1 + K.
 """
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,15 +26,10 @@ from copd_kernels.backend import Backend, implementation
 from copd_kernels.linear_logprob.reference import (
     ShardScores,
     block_logits,
-    hidden_gradient,
     math_dtype,
     shard_entropy_,
 )
 from copd_kernels.vocab_topk.reference import merge_topk
-
-DivergenceKind = Literal["reverse", "forward", "jsd"]
-"""reverse: KL(student || teacher); forward: KL(teacher || student); jsd: generalised Jensen-Shannon."""
-
 
 CHUNK_BYTES = 96 * 2**20
 """What one tensor of a chunk's logits takes at most where the number of tokens is left open. An operation holds up to
@@ -98,7 +93,7 @@ class TokenScores:
     logprobs_T: Tensor
     """Log-prob of the target token; differentiable."""
     entropy_T: Tensor | None = None
-    """Entropy of the whole softmax in nats; differentiable."""
+    """Entropy of the whole softmax in nats; differentiable where that was asked for."""
     topk_ids_TK: Tensor | None = None
     """int64 global ids of the k most likely tokens, most likely first, equal logits by lowest id."""
     topk_logprobs_TK: Tensor | None = None
@@ -108,7 +103,8 @@ class TokenScores:
 
 
 def score(hidden_TH: Tensor, head: Head, target_ids_T: Tensor, *, temperature: float = 1.0,
-          entropy: bool = False, topk: int = 0, at_ids_TK: Tensor | None = None) -> TokenScores:
+          entropy: bool = False, entropy_gradient: bool = False, topk: int = 0,
+          at_ids_TK: Tensor | None = None) -> TokenScores:
     """Log-probs and more of the tokens that the hidden states predict.
 
     Args:
@@ -116,6 +112,7 @@ def score(hidden_TH: Tensor, head: Head, target_ids_T: Tensor, *, temperature: f
         target_ids_T: [T] int64 global token ids, e.g. the sampled ones.
         temperature: > 0, divides the logits.
         entropy: also the entropy.
+        entropy_gradient: the entropy is differentiable, at the cost of the logits once more in the backward.
         topk: also the k most likely tokens; 0 for none.
         at_ids_TK: [T, K] int64 global ids to score as well, e.g. the teacher's top-k.
 
@@ -124,49 +121,24 @@ def score(hidden_TH: Tensor, head: Head, target_ids_T: Tensor, *, temperature: f
         over the group, and so assumes that every rank computes the same loss from these scores.
 
     Raises:
-        ValueError: shapes do not fit, an id outside the vocabulary, temperature <= 0, topk > vocabulary.
+        ValueError: shapes do not fit, temperature <= 0, topk > vocabulary.
+        RuntimeError: an id outside the vocabulary; on CUDA a device-side assertion.
     """
-    _check_hidden(hidden_TH, head, temperature)
+    check_hidden(hidden_TH, head, temperature)
     if not 0 <= topk <= head.vocab_size:
         raise ValueError(f"topk: {topk}; between 0 and the vocabulary's {head.vocab_size}")
     ids_TJ = target_ids_T[:, None] if at_ids_TK is None else torch.cat([target_ids_T[:, None], at_ids_TK], 1)
     if len(ids_TJ) != len(hidden_TH):
         raise ValueError(f"target_ids_T: {len(ids_TJ)} ids for {len(hidden_TH)} hidden states; one each")
-    if bool(((ids_TJ < 0) | (ids_TJ >= head.vocab_size)).any()):
-        raise ValueError(f"target_ids_T, at_ids_TK: from {int(ids_TJ.min())} to {int(ids_TJ.max())}; "
-                         f"0 to {head.vocab_size - 1}")
-    logprobs_TJ, entropy_T, topk_ids_TK, topk_logprobs_TK = _everybodys(_Score.apply(
-        _own_tokens(hidden_TH, head), head, _own_tokens(ids_TJ, head), temperature, entropy, topk), head, len(ids_TJ))
+    # Without waiting for the device: on CUDA it stops the process at its next synchronisation.
+    torch._assert_async(((ids_TJ >= 0) & (ids_TJ < head.vocab_size)).all(),
+                        f"target_ids_T, at_ids_TK: an id outside 0 to {head.vocab_size - 1}")
+    differentiable = torch.is_grad_enabled() and hidden_TH.requires_grad
+    logprobs_TJ, entropy_T, topk_ids_TK, topk_logprobs_TK = everybodys(_Score.apply(
+        own_tokens(hidden_TH, head), head, own_tokens(ids_TJ, head), temperature, entropy, topk,
+        differentiable, entropy_gradient), head, len(ids_TJ))
     return TokenScores(logprobs_TJ[:, 0], entropy_T, topk_ids_TK, topk_logprobs_TK,
                        None if at_ids_TK is None else logprobs_TJ[:, 1:])
-
-
-def full_divergence(student_hidden_TH: Tensor, teacher_hidden_TH: Tensor, head: Head,
-                    kind: DivergenceKind = "reverse", *, temperature: float = 1.0,
-                    jsd_weight: float = 0.5) -> Tensor:
-    """Exact divergence over the whole vocabulary, per token; the gradient goes to the student only.
-
-    Args:
-        student_hidden_TH, teacher_hidden_TH: [T, H] final-normed hidden states, the same on every rank.
-        kind: see :data:`DivergenceKind`.
-        jsd_weight: the teacher's share of the mixture, in (0, 1); only read for ``jsd``.
-
-    Returns:
-        [T] nats, float32 (float64 for float64 hidden states), equal on every rank of ``head.group``.
-    """
-    _check_hidden(student_hidden_TH, head, temperature)
-    if teacher_hidden_TH.shape != student_hidden_TH.shape:
-        raise ValueError(f"teacher_hidden_TH: {tuple(teacher_hidden_TH.shape)}; the student's "
-                         f"{tuple(student_hidden_TH.shape)}")
-    if kind not in ("reverse", "forward", "jsd"):
-        raise ValueError(f"kind: {kind!r}; reverse, forward or jsd")
-    if not 0 < jsd_weight < 1:
-        raise ValueError(f"jsd_weight: {jsd_weight}; between 0 and 1, both excluded")
-    teacher_hidden_TH = teacher_hidden_TH.detach().to(student_hidden_TH.dtype)
-    differentiable = torch.is_grad_enabled() and student_hidden_TH.requires_grad
-    own = _FullDivergence.apply(_own_tokens(student_hidden_TH, head), _own_tokens(teacher_hidden_TH, head), head,
-                                kind, temperature, jsd_weight, differentiable)
-    return _everybodys([own], head, len(student_hidden_TH))[0]
 
 
 @torch.no_grad()
@@ -175,11 +147,11 @@ def shard_logits(hidden_TH: Tensor, head: Head, temperature: float = 1.0) -> Ten
 
     The global id of column v is ``head.vocab_start + v``; V is 0 on a rank that holds only padding.
     """
-    _check_hidden(hidden_TH, head, temperature)
+    check_hidden(hidden_TH, head, temperature)
     return block_logits(hidden_TH, head.real_weight, temperature)
 
 
-def _own_tokens(rows: Tensor, head: Head) -> Tensor:
+def own_tokens(rows: Tensor, head: Head) -> Tensor:
     """This rank's equal part of the tokens, zeros filled up at the end; the backward gathers all parts."""
     if _alone(head.token_group) or not len(rows):
         return rows
@@ -188,7 +160,7 @@ def _own_tokens(rows: Tensor, head: Head) -> Tensor:
     return scatter_to_sequence_parallel_region(padded, group=head.token_group)
 
 
-def _everybodys(parts: Sequence[Tensor | None], head: Head, tokens: int) -> list[Tensor | None]:
+def everybodys(parts: Sequence[Tensor | None], head: Head, tokens: int) -> list[Tensor | None]:
     """All ranks' results, each [tokens, ...]; the backward takes this rank's part, as all have the same gradient."""
     if _alone(head.token_group) or not tokens:
         return list(parts)
@@ -196,7 +168,7 @@ def _everybodys(parts: Sequence[Tensor | None], head: Head, tokens: int) -> list
         part, tensor_parallel_output_grad=False, group=head.token_group)[:tokens] for part in parts]
 
 
-def _check_hidden(hidden_TH: Tensor, head: Head, temperature: float) -> None:
+def check_hidden(hidden_TH: Tensor, head: Head, temperature: float) -> None:
     if hidden_TH.dim() != 2 or hidden_TH.shape[1] != head.weight.shape[1]:
         raise ValueError(f"hidden_TH: {tuple(hidden_TH.shape)}; [T, {head.weight.shape[1]}]")
     if not temperature > 0:
@@ -204,144 +176,103 @@ def _check_hidden(hidden_TH: Tensor, head: Head, temperature: float) -> None:
 
 
 class _Score(torch.autograd.Function):
-    """Chunked scores; the backward recomputes each chunk's logits and needs one all-reduce, of [T, H]."""
+    """Chunked scores.
+
+    A token's log-probs depend on its own hidden state alone, and on the logits only through the mean of the head's
+    rows, which the forward takes while the logits exist: as many products as with logits that are kept. Where the
+    entropy is differentiated, the backward computes each chunk's logits again instead. It needs one all-reduce, of
+    [T, H].
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, head: Head, ids_TJ: Tensor, temperature: float, entropy: bool,
-                topk: int) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+                topk: int, differentiable: bool, entropy_gradient: bool
+                ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         ids_TJ = ids_TJ - head.vocab_start
-        local, values_TK, topk_ids_TK = _shard_scores(hidden_TH, head, ids_TJ, temperature, entropy, topk)
-        lse_T, entropy_T, picked_TJ = _merge_scores(local, head.group)
-        ctx.save_for_backward(hidden_TH, ids_TJ, lse_T, entropy_T)
-        ctx.head, ctx.temperature = head, temperature
+        kept = differentiable and not entropy_gradient
+        local, values_TK, topk_ids_TK = _shard_scores(hidden_TH, head, ids_TJ, temperature, entropy, topk, kept)
+        lse_T, entropy_T, picked_TJ, rest_TH = _merge_scores(local, head.group)
+        logprobs_TJ = picked_TJ - lse_T[:, None]
+        if kept:
+            ctx.save_for_backward(ids_TJ, logprobs_TJ, rest_TH)
+        elif differentiable:
+            ctx.save_for_backward(hidden_TH, ids_TJ, lse_T, entropy_T)
+        ctx.head, ctx.temperature, ctx.kept, ctx.dtype = head, temperature, kept, hidden_TH.dtype
         ctx.set_materialize_grads(False)
+        fixed = [] if entropy_gradient or entropy_T is None else [entropy_T]
         if topk:
             values_TK, topk_ids_TK = _merge_shard_topk(values_TK, topk_ids_TK, head.group)
             values_TK = values_TK - lse_T[:, None]
-            ctx.mark_non_differentiable(topk_ids_TK, values_TK)
-        return picked_TJ - lse_T[:, None], entropy_T, topk_ids_TK, values_TK
+            fixed += [topk_ids_TK, values_TK]
+        ctx.mark_non_differentiable(*fixed)
+        return logprobs_TJ, entropy_T, topk_ids_TK, values_TK
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TJ: Tensor | None, grad_entropy_T: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        hidden_TH, ids_TJ, lse_T, entropy_T = ctx.saved_tensors
         if grad_TJ is None and grad_entropy_T is None:
-            return (None,) * 6
-        grad_TH = torch.empty(hidden_TH.shape, dtype=math_dtype(hidden_TH), device=hidden_TH.device)
-        backward = implementation("linear_logprob", ctx.head.kernels).linear_logprob_backward
-        for rows in ctx.head.chunks(hidden_TH):
-            grad_TH[rows] = backward(
-                hidden_TH[rows], ctx.head.real_weight, ids_TJ[rows], ctx.temperature, lse_T[rows],
-                None if grad_TJ is None else grad_TJ[rows], None if entropy_T is None else entropy_T[rows],
-                None if grad_entropy_T is None else grad_entropy_T[rows])
-        return (_sum_over(grad_TH, ctx.head.group).to(hidden_TH.dtype), *(None,) * 5)
+            return (None,) * 8
+        gradient = _kept_gradient if ctx.kept else _recomputed_gradient
+        return (sum_over(gradient(ctx, grad_TJ, grad_entropy_T), ctx.head.group).to(ctx.dtype), *(None,) * 7)
 
 
-class _FullDivergence(torch.autograd.Function):
-    """Chunked full-vocabulary divergence.
-
-    A token's value depends on its own hidden state alone. So the forward takes the gradient of every value while
-    its logits exist, and the backward only scales the rows: as many products as with logits that are kept.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student_TH: Tensor, teacher_TH: Tensor, head: Head, kind: str, temperature: float,
-                jsd_weight: float, differentiable: bool) -> Tensor:
-        like = {"dtype": math_dtype(student_TH), "device": student_TH.device}
-        value_T = torch.zeros(len(student_TH), **like)
-        slope_TH = torch.empty(student_TH.shape, **like) if differentiable else None
-        for rows in head.chunks(student_TH):
-            value_T[rows], slope_BH = _chunk_divergence(student_TH[rows], teacher_TH[rows], head, kind, temperature,
-                                                        jsd_weight, differentiable)
-            if slope_TH is not None:
-                slope_TH[rows] = slope_BH
-        ctx.save_for_backward(slope_TH)
-        ctx.group, ctx.dtype = head.group, student_TH.dtype
-        return value_T
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Any, ...]:
-        slope_TH, = ctx.saved_tensors
-        return (_sum_over(slope_TH * grad_T[:, None], ctx.group).to(ctx.dtype), *(None,) * 6)
+def _kept_gradient(ctx: Any, grad_TJ: Tensor, _: None) -> Tensor:
+    ids_TJ, logprobs_TJ, rest_TH = ctx.saved_tensors
+    head, grad_TH = ctx.head, torch.empty_like(rest_TH)
+    picked_gradient = implementation("linear_logprob", head.kernels).picked_gradient
+    for rows in head.chunks(rest_TH):
+        grad_TH[rows] = picked_gradient(rest_TH[rows], head.real_weight, ids_TJ[rows], logprobs_TJ[rows],
+                                        grad_TJ[rows], ctx.temperature)
+    return grad_TH
 
 
-def _chunk_divergence(student_TH: Tensor, teacher_TH: Tensor, head: Head, kind: str, temperature: float,
-                      jsd_weight: float, differentiable: bool) -> tuple[Tensor, Tensor | None]:
-    """Values [T] of a chunk's tokens over the whole vocabulary, and this shard's part of their gradients [T, H].
-
-    A function of its own, so that no chunk's tensors live on beside the next one's.
-    """
-    student_TV = block_logits(student_TH, head.real_weight, temperature)
-    teacher_TV = block_logits(teacher_TH, head.real_weight, temperature)
-    lse_T2 = _merge_lse(torch.stack([student_TV.logsumexp(1), teacher_TV.logsumexp(1)], 1), head.group)
-    student_TV.sub_(lse_T2[:, :1])
-    teacher_TV.sub_(lse_T2[:, 1:])
-    local_T, probs_TV, pull_TV = _divergence_(student_TV, teacher_TV, kind, jsd_weight)
-    sums_T2 = _sum_over(torch.stack([local_T, pull_TV.sum(1)], 1), head.group)
-    if not differentiable:
-        return sums_T2[:, 0], None
-    grad_TV = pull_TV.sub_(probs_TV.mul_(sums_T2[:, 1:]))
-    return sums_T2[:, 0], hidden_gradient(grad_TV, student_TH, head.real_weight, temperature)
+def _recomputed_gradient(ctx: Any, grad_TJ: Tensor | None, grad_entropy_T: Tensor | None) -> Tensor:
+    hidden_TH, ids_TJ, lse_T, entropy_T = ctx.saved_tensors
+    head = ctx.head
+    grad_TH = torch.empty(hidden_TH.shape, dtype=math_dtype(hidden_TH), device=hidden_TH.device)
+    backward = implementation("linear_logprob", head.kernels).linear_logprob_backward
+    for rows in head.chunks(hidden_TH):
+        grad_TH[rows] = backward(
+            hidden_TH[rows], head.real_weight, ids_TJ[rows], ctx.temperature, lse_T[rows],
+            None if grad_TJ is None else grad_TJ[rows], None if entropy_T is None else entropy_T[rows],
+            None if grad_entropy_T is None else grad_entropy_T[rows])
+    return grad_TH
 
 
-def _divergence_(log_p_TV: Tensor, log_q_TV: Tensor, kind: str, jsd_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """This shard's part [T] of the divergence of the student's p, then p [T, V] and p c [T, V]. Overwrites both inputs.
-
-    c is the derivative by p: log p - log q for reverse, -q / p for forward, (1 - w)(log p - log m) for
-    Jensen-Shannon. The gradient of the logits is p c - p sum(p c), the sum over the whole vocabulary.
-    """
-    if kind == "reverse":
-        gap_TV, probs_TV = log_q_TV.neg_().add_(log_p_TV), log_p_TV.exp_()
-        pull_TV = gap_TV.mul_(probs_TV)
-        return pull_TV.sum(1), probs_TV, pull_TV
-    if kind == "forward":
-        gap_TV, pull_TV = log_q_TV - log_p_TV, log_q_TV.exp_().neg_()
-        return -gap_TV.mul_(pull_TV).sum(1), log_p_TV.exp_(), pull_TV
-    log_m_TV = _log_mixture(log_p_TV, log_q_TV, jsd_weight)
-    gap_TV = log_q_TV - log_m_TV
-    teacher_T = gap_TV.mul_(log_q_TV.exp_()).sum(1)
-    pull_TV, probs_TV = log_m_TV.neg_().add_(log_p_TV).mul_(1 - jsd_weight), log_p_TV.exp_()
-    pull_TV.mul_(probs_TV)
-    return pull_TV.sum(1).add_(teacher_T, alpha=jsd_weight), probs_TV, pull_TV
-
-
-def _log_mixture(log_p_TV: Tensor, log_q_TV: Tensor, teacher_share: float) -> Tensor:
-    log_m_TV = log_p_TV + math.log1p(-teacher_share)
-    return torch.logaddexp(log_m_TV, log_q_TV + math.log(teacher_share), out=log_m_TV)
-
-
-def _shard_scores(hidden_TH: Tensor, head: Head, ids_TJ: Tensor, temperature: float, entropy: bool,
-                  topk: int) -> tuple[ShardScores, Tensor | None, Tensor | None]:
+def _shard_scores(hidden_TH: Tensor, head: Head, ids_TJ: Tensor, temperature: float, entropy: bool, topk: int,
+                  rest: bool) -> tuple[ShardScores, Tensor | None, Tensor | None]:
     """This shard's scores chunk by chunk, and its own top-k (logits, global ids) if asked."""
     weight, like = head.real_weight, {"dtype": math_dtype(hidden_TH), "device": hidden_TH.device}
     tokens = len(hidden_TH)
-    lse_T, picked_TJ = torch.empty(tokens, **like), torch.empty(ids_TJ.shape, **like)
-    entropy_T = torch.empty(tokens, **like) if entropy else None
+    whole = ShardScores(torch.empty(tokens, **like), torch.empty(tokens, **like) if entropy else None,
+                        torch.empty(ids_TJ.shape, **like), torch.empty(hidden_TH.shape, **like) if rest else None)
     values_TK = torch.empty(tokens, topk, **like) if topk else None
     topk_ids_TK = torch.empty(tokens, topk, dtype=torch.int64, device=hidden_TH.device) if topk else None
     vocab_topk = implementation("vocab_topk", head.kernels).vocab_topk
-    linear_logprob = implementation("linear_logprob", head.kernels).linear_logprob
+    operator = implementation("linear_logprob", head.kernels)
     for rows in head.chunks(hidden_TH):
         if topk:
             logits_TV = block_logits(hidden_TH[rows], weight, temperature)
-            values_TK[rows], topk_ids_TK[rows], lse_T[rows], picked_TJ[rows] = vocab_topk(logits_TV, topk, ids_TJ[rows])
-            block_entropy_T = shard_entropy_(logits_TV, lse_T[rows]) if entropy else None
+            values_TK[rows], topk_ids_TK[rows], lse_T, picked_TJ = vocab_topk(logits_TV, topk, ids_TJ[rows])
+            entropy_T = shard_entropy_(logits_TV, lse_T) if entropy else None  # and then these are log-probs
+            own = ShardScores(lse_T, entropy_T, picked_TJ, operator.rest_(
+                logits_TV, torch.zeros_like(lse_T) if entropy else lse_T, ids_TJ[rows], hidden_TH[rows], weight,
+                temperature) if rest else None)
         else:
-            lse_T[rows], block_entropy_T, picked_TJ[rows] = linear_logprob(
-                hidden_TH[rows], weight, ids_TJ[rows], temperature, entropy)
-        if entropy:
-            entropy_T[rows] = block_entropy_T
+            own = operator.linear_logprob(hidden_TH[rows], weight, ids_TJ[rows], temperature, entropy, rest)
+        for column, part in zip(whole, own):
+            if column is not None:
+                column[rows] = part
     if topk:
         topk_ids_TK += head.vocab_start
-    return ShardScores(lse_T, entropy_T, picked_TJ), values_TK, topk_ids_TK
+    return whole, values_TK, topk_ids_TK
 
 
 def _merge_scores(local: ShardScores, group: dist.ProcessGroup | None) -> ShardScores:
     """Scores over the whole vocabulary from every shard's, in two all-reduces of a few numbers per token.
 
     With s = exp(lse_shard - peak) and S the sum of all s: lse = peak + log S and
-    H = sum (s H_shard - s log s) / S + log S.
+    H = sum (s H_shard - s log s) / S + log S. ``rest_TH`` stays the shard's part, of the whole softmax.
     """
     if _alone(group):
         return local
@@ -349,19 +280,20 @@ def _merge_scores(local: ShardScores, group: dist.ProcessGroup | None) -> ShardS
     dist.all_reduce(peak_T, dist.ReduceOp.MAX, group)
     share_T = (local.lse_T - peak_T).exp()
     entropy_T = share_T if local.entropy_T is None else share_T * local.entropy_T + entr(share_T)
-    packed = _sum_over(torch.cat([torch.stack([share_T, entropy_T], 1), local.picked_TK], 1), group)
+    packed = sum_over(torch.cat([torch.stack([share_T, entropy_T], 1), local.picked_TK], 1), group)
     log_sum_T = packed[:, 0].log()
     whole_T = None if local.entropy_T is None else packed[:, 1] / packed[:, 0] + log_sum_T
-    return ShardScores(peak_T + log_sum_T, whole_T, packed[:, 2:])
+    rest_TH = None if local.rest_TH is None else local.rest_TH.mul_((share_T / packed[:, 0])[:, None])
+    return ShardScores(peak_T + log_sum_T, whole_T, packed[:, 2:], rest_TH)
 
 
-def _merge_lse(lse: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def merge_lse(lse: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """log sum exp over the ranks, elementwise."""
     if _alone(group):
         return lse
     peak = lse.clone()
     dist.all_reduce(peak, dist.ReduceOp.MAX, group)
-    return peak + _sum_over((lse - peak).exp(), group).log()
+    return peak + sum_over((lse - peak).exp(), group).log()
 
 
 def _merge_shard_topk(values_TK: Tensor, ids_TK: Tensor,
@@ -376,7 +308,7 @@ def _merge_shard_topk(values_TK: Tensor, ids_TK: Tensor,
     return merge_topk(torch.cat(values, 1), torch.cat(ids, 1), k)
 
 
-def _sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def sum_over(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """``tensor`` summed over the ranks, in place."""
     if not _alone(group):
         dist.all_reduce(tensor, dist.ReduceOp.SUM, group)

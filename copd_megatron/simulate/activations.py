@@ -178,8 +178,10 @@ def saved_bytes(job: Job, layout: Layout, stage: int, rows: Rows, width: Width) 
                      for index in layers)
     total += len(layers) * trunk_rows * 2 * width.context * width.kv * width.item
     if stage == layout.pp - 1:
-        copies = 1 if width.context == 1 else 1 + width.context  # all rows that are scored, and the own ones again
-        total += rows.scored * ((width.hidden + 1) * width.wide / width.sequence + copies * width.hidden * width.item)
+        # The head keeps a mean of its rows for each of the own ones; context ranks also keep all rows that are scored.
+        everybodys = 0 if width.context == 1 else width.context * width.hidden * width.item
+        total += rows.scored * ((width.hidden + 1) * width.wide / width.sequence + everybodys)
+        total += rows.scored * width.hidden * width.math
         total += rows.scored * _topk(job) * width.math * TOPK_COPIES
     if layout.pp > 1:  # the pipeline keeps what it received and what it sends, chunk by chunk
         total += 2 * layout.vp * rows.tokens * width.hidden / width.sequence * width.item

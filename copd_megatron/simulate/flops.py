@@ -15,7 +15,7 @@ multiply-add, with W the weights of the layer's linears, d the head dim and r th
                                 and those of the top-k MoE experts that a token passes
     attention   4 d heads S     backward: 2.5x (scores again, then gradients of q, k, v and scores)
     adapters    2 r (in + out)  per adapted row and projection; backward: 2x (A, B, hidden, input)
-    head        2 H V           per scored token, once; backward: 2x (logits again, gradient of the input)
+    head        2 H V           per scored token, once; backward: 1x (gradient of the input)
 
 Layers below ``first_layer`` have no backward, and the first adapted linear differentiates no input. What
 ``model.recompute`` adds is `recomputed_flops`.
@@ -184,7 +184,7 @@ def pass_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams,
         cost += _forward(spec, adapter, streams.below, lower) + _forward(spec, adapter, streams.trunks, upper)
     if backward:
         back = Flops(lanes.linears, 2 * lanes.adapters, 2.5 * lanes.attention)
-        cost += back + Flops(head=2 * cost.head) + _undifferentiated(spec, adapter, streams.lanes) * -1
+        cost += back + Flops(head=cost.head) + _undifferentiated(spec, adapter, streams.lanes) * -1
     return cost
 
 

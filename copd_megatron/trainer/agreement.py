@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from copd_megatron.losses.topk_kl import topk_overlap
 from copd_megatron.metrics.names import pair_name
+from copd_megatron.model.full_divergence import full_divergence
 from copd_megatron.model.shared_prefix import Pack
-from copd_megatron.model.vocab_parallel import full_divergence, score
+from copd_megatron.model.vocab_parallel import score
 from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.parallel.groups import Groups
+from copd_megatron.platform import on_device
 from copd_megatron.trainer.batching import Lane, Microbatch, Sample, make_microbatches
 from copd_megatron.trainer.forward import Runner
 from copd_megatron.trainer.step_metrics import Sums, add_sums
@@ -66,12 +68,12 @@ def _pair_sums(runner: Runner, hidden: Tensor, pack: Pack, batch: Microbatch, k:
     """Sums over the states of one microbatch: own policy against each other one."""
     head = runner.backbone.head
     scores = score(hidden, head, pack.target_ids, temperature=temperature, topk=min(k, head.vocab_size))
-    rows: dict[tuple[str, str], list[Tensor]] = {}
-    for lane, piece in zip(batch.lanes, torch.arange(len(hidden)).split(pack.leaf_lengths)):
+    rows: dict[tuple[str, str], list[np.ndarray]] = {}
+    for lane, start in zip(batch.lanes, np.cumsum((0, *pack.leaf_lengths))):
         # The environment's tokens are no state of the policy.
-        own = piece[torch.from_numpy(lane.sample.loss_mask)]
+        own = start + np.flatnonzero(lane.sample.loss_mask)
         rows.setdefault((lane.sample.expert, lane.policy), []).append(own)
-    index = {pair: torch.cat(pieces).to(hidden.device) for pair, pieces in rows.items()}
+    index = {pair: on_device(np.concatenate(pieces), hidden.device) for pair, pieces in rows.items()}
     sums: Sums = {}
     for (own, policy), other in index.items():
         if policy == own:

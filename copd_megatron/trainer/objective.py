@@ -28,8 +28,9 @@ from copd_megatron.losses.policy_gradient import surrogate
 from copd_megatron.losses.topk_kl import topk_divergence
 from copd_megatron.metrics.names import edge_name
 from copd_megatron.model.backbone import Backbone
+from copd_megatron.model.full_divergence import full_divergence
 from copd_megatron.model.shared_prefix import Pack
-from copd_megatron.model.vocab_parallel import TokenScores, full_divergence, score
+from copd_megatron.model.vocab_parallel import TokenScores, score
 from copd_megatron.trainer.batching import Microbatch
 from copd_megatron.trainer.rows import Rows
 from copd_megatron.trainer.step_metrics import Sums
@@ -71,7 +72,10 @@ class Objective:
     def __call__(self, hidden_NH: Tensor, pack: Pack, batch: Microbatch) -> tuple[Tensor, Sums]:
         """Nothing here waits for the device: sums stay tensors until the end of the step."""
         rows = Rows.of(batch, hidden_NH)
-        scores = score(hidden_NH, self.backbone.head, pack.target_ids, temperature=self.temperature, entropy=True,
+        # A divergence over the vocabulary reads the hidden states themselves.
+        undriven = all(s.signal is not None and s.signal.kind == "full" for s in rows.samples)
+        scores = score(hidden_NH.detach() if undriven else hidden_NH, self.backbone.head, pack.target_ids,
+                       temperature=self.temperature, entropy=True, entropy_gradient=self.rlvr.entropy_coef != 0,
                        at_ids_TK=_teacher_ids(rows))
         tokens = self._tokens(rows, scores.logprobs_T)
         losses, columns, weights = self._policy_gradient(rows, tokens)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from copd_megatron.platform import on_device
 from copd_megatron.trainer.batching import Microbatch, Sample
 
 
@@ -38,17 +39,17 @@ class Rows:
         facts_4N = np.stack([np.repeat(np.arange(len(samples), dtype=np.float64), lengths),
                              *(np.concatenate([getattr(s, name) for s in samples], dtype=np.float64)
                                for name in ("loss_mask", "weights", "engine_logprobs"))])
-        sample_N, mask_N, weights_N, engine_N = torch.from_numpy(facts_4N).to(hidden_NH.device)
+        sample_N, mask_N, weights_N, engine_N = on_device(facts_4N, hidden_NH.device)
         return cls(samples, lengths, sample_N.long(), mask_N.bool(), weights_N.to(dtype), engine_N.to(dtype))
 
     def spread(self, values: Sequence[float]) -> Tensor:
         """[N] one value per sample, repeated over its tokens."""
-        per_sample = torch.from_numpy(np.asarray(values, np.float64)).to(self.sample_N.device)
+        per_sample = on_device(np.asarray(values, np.float64), self.sample_N.device)
         return per_sample.to(self.weights_N.dtype)[self.sample_N]
 
     def marked(self, chosen: Sequence[bool]) -> Tensor:
         """[N] bool, the tokens of the chosen samples."""
-        return torch.from_numpy(np.asarray(chosen, bool)).to(self.sample_N.device)[self.sample_N]
+        return on_device(np.asarray(chosen, bool), self.sample_N.device)[self.sample_N]
 
     def joined(self, tensors: Sequence[Tensor | None], default_N: Tensor) -> Tensor:
         """[N] per-sample tensors in a row; ``default_N``'s values for samples that have none."""
@@ -59,7 +60,7 @@ class Rows:
         """int64 rows of the given samples (by index), in their order."""
         starts = np.cumsum((0, *self.lengths))
         parts = [np.arange(starts[i], starts[i + 1]) for i in samples]
-        return torch.from_numpy(np.concatenate(parts)).to(self.sample_N.device)
+        return on_device(np.concatenate(parts), self.sample_N.device)
 
     def sums(self, columns: Mapping[str, Tensor], group_of: Sequence[int | None], groups: int) -> dict[str, Tensor]:
         """name -> [groups] sum of each column over the loss tokens of the samples in each group.

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from copd_kernels.linear_logprob import triton_impl
+from copd_kernels.linear_logprob import reference, triton_impl
 from copd_kernels.linear_logprob.reference import linear_logprob, linear_logprob_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +58,27 @@ def test_gradients_of_the_shards_add_up(case, cuts, what):
     torch.testing.assert_close(found, wanted)
 
 
+def kept_gradient(implementation, hidden, weight, ids, grad_picked, cuts):
+    """The gradient of log-probs over shards, from what each shard's forward keeps."""
+    shards = [implementation.linear_logprob(hidden, weight[a:b], ids - a, 0.8, True, rest=True)
+              for a, b in zip(cuts, cuts[1:])]
+    lse = torch.stack([s.lse_T for s in shards]).logsumexp(0)
+    logprobs = sum(s.picked_TK for s in shards) - lse[:, None]
+    rests = [s.rest_TH * (s.lse_T - lse).exp()[:, None] for s in shards]
+    return sum(implementation.picked_gradient(rest, weight[a:b], ids - a, logprobs, grad_picked, 0.8)
+               for rest, a, b in zip(rests, cuts, cuts[1:]))
+
+
+@pytest.mark.parametrize("cuts", [[0, 11], [0, 4, 11], [0, 0, 11]])
+def test_what_the_forward_keeps_gives_the_gradient(case, cuts):
+    hidden, weight, ids = case
+    ids[:, 2] = ids[:, 0]  # an id given twice
+    grad_picked = torch.randn_like(ids.double())
+    logprobs = (hidden @ weight.T / 0.8).log_softmax(1)
+    wanted, = torch.autograd.grad((grad_picked * logprobs.gather(1, ids)).sum(), hidden)
+    torch.testing.assert_close(kept_gradient(reference, hidden.detach(), weight, ids, grad_picked, cuts), wanted)
+
+
 def test_bfloat16_inputs_are_multiplied_in_float32(case):
     hidden, weight, ids = (t.to(torch.bfloat16) if t.is_floating_point() else t for t in case)
     found = linear_logprob(hidden, weight, ids)
@@ -107,6 +128,18 @@ def test_triton_gradients_equal_float64(what, cuts, narrow_blocks):
 
     torch.testing.assert_close(gradient(triton_impl.linear_logprob_backward, torch.float32).double(),
                                gradient(linear_logprob_backward, torch.float64), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[0, 29], [0, 9, 9, 29]])
+def test_triton_keeps_what_the_reference_keeps(cuts, narrow_blocks):
+    torch.manual_seed(2)
+    hidden, weight = torch.randn(TOKENS, HIDDEN), torch.randn(cuts[-1], HIDDEN)
+    ids = torch.randint(0, cuts[-1], (TOKENS, IDS))
+    ids[:, 2] = ids[:, 0]
+    picked = torch.randn(TOKENS, IDS)
+    found = kept_gradient(triton_impl, *(x.to(DEVICE) for x in (hidden, weight, ids, picked)), cuts)
+    wanted = kept_gradient(reference, hidden.double(), weight.double(), ids, picked.double(), cuts)
+    torch.testing.assert_close(found.double().cpu(), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_triton_takes_no_tokens_and_no_float64():

@@ -1,4 +1,5 @@
 """The chunked, sharded head against dense float64 autograd: gradients, ties, padding, ranks, memory."""
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +11,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from copd_megatron.model.vocab_parallel import (
-    CHUNK_BYTES,
-    Head,
-    chunk_tokens_of,
-    full_divergence,
-    score,
-    shard_logits,
-)
+from copd_megatron.model.full_divergence import full_divergence
+from copd_megatron.model.vocab_parallel import CHUNK_BYTES, Head, chunk_tokens_of, score, shard_logits
 from support.ranks import run_ranks
 
 TOKENS, HIDDEN, VOCAB, PADDED, IDS = 11, 6, 13, 16, 4
@@ -51,14 +46,15 @@ class Case:
         shard = self.weight[rank * rows:(rank + 1) * rows].clone()
         return Head(shard, rank * rows, self.vocab, group, chunk_tokens, kernels, token_group)
 
-    def scores_and_gradient(self, head: Head, temperature: float = 0.7, topk: int = 5) -> Found:
+    def scores_and_gradient(self, head: Head, temperature: float = 0.7, topk: int = 5,
+                            entropy_gradient: bool = True) -> Found:
         hidden = self.hidden.clone().requires_grad_()
         found = score(hidden, head, self.targets, temperature=temperature, entropy=True, topk=topk,
-                      at_ids_TK=self.ids)
+                      at_ids_TK=self.ids, entropy_gradient=entropy_gradient)
         values = torch.cat([found.logprobs_T[:, None], found.entropy_T[:, None], found.at_logprobs_TK], 1)
         (values * self.pull).sum().backward()
-        return {"values": values.detach(), "topk_ids": found.topk_ids_TK, "topk": found.topk_logprobs_TK,
-                "gradient": hidden.grad}
+        top = {"topk_ids": found.topk_ids_TK, "topk": found.topk_logprobs_TK} if topk else {}
+        return {"values": values.detach(), "gradient": hidden.grad, **top}
 
     def divergence_and_gradient(self, head: Head, kind: str) -> Found:
         hidden, teacher = self.hidden.clone().requires_grad_(), self.teacher.clone().requires_grad_()
@@ -68,11 +64,12 @@ class Case:
         return {"values": found.detach(), "gradient": hidden.grad}
 
 
-def dense_scores(case: Case, temperature: float = 0.7, topk: int = 5) -> Found:
+def dense_scores(case: Case, temperature: float = 0.7, topk: int = 5, entropy_gradient: bool = True) -> Found:
     hidden = case.hidden.double().requires_grad_()
     logprobs = (hidden @ case.weight[:case.vocab].double().T / temperature).log_softmax(1)
     ids = torch.cat([case.targets[:, None], case.ids], 1)
     picked, entropy = logprobs.gather(1, ids), -(logprobs.exp() * logprobs).sum(1, keepdim=True)
+    entropy = entropy if entropy_gradient else entropy.detach()
     values = torch.cat([picked[:, :1], entropy, picked[:, 1:]], 1)
     (values * case.pull.double()).sum().backward()
     top, top_ids = logprobs.detach().sort(dim=1, descending=True, stable=True)
@@ -93,7 +90,9 @@ def dense_divergence(case: Case, kind: str) -> Found:
 
 def everything(case: Case, head: Head) -> list[Found]:
     """Scores at temperature 1, where small integers keep exact ties, and every divergence."""
-    return [case.scores_and_gradient(head, 1.0), *(case.divergence_and_gradient(head, k) for k in KINDS)]
+    scores = [case.scores_and_gradient(head, 1.0, topk, entropy_gradient)
+              for topk in (5, 0) for entropy_gradient in (True, False)]
+    return [*scores, *(case.divergence_and_gradient(head, k) for k in KINDS)]
 
 
 def assert_same(found: Found, wanted: Found, tolerance: float = 1e-11) -> None:
@@ -104,10 +103,11 @@ def assert_same(found: Found, wanted: Found, tolerance: float = 1e-11) -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 11, 100])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_scores_and_gradient_equal_the_dense_reference(chunk_tokens, temperature):
+@pytest.mark.parametrize("entropy_gradient", [True, False])
+def test_scores_and_gradient_equal_the_dense_reference(chunk_tokens, temperature, entropy_gradient):
     case = Case()
-    found = case.scores_and_gradient(case.head(chunk_tokens), temperature)
-    assert_same(found, dense_scores(case, temperature))
+    found = case.scores_and_gradient(case.head(chunk_tokens), temperature, entropy_gradient=entropy_gradient)
+    assert_same(found, dense_scores(case, temperature, entropy_gradient=entropy_gradient))
 
 
 @pytest.mark.parametrize("chunk_tokens", [4, 100])
@@ -126,18 +126,21 @@ def test_full_divergence_and_gradient_equal_the_dense_reference(chunk_tokens, ki
 def test_float32_and_bfloat16_heads(dtype, head_dtype, tolerance, kernels):
     case = Case(dtype=head_dtype)
     case.hidden, case.pull = case.hidden.to(dtype), case.pull.to(torch.float32)
-    found, wanted = case.scores_and_gradient(case.head(kernels=kernels)), dense_scores(case)
-    assert found["values"].dtype == torch.float32 and found["gradient"].dtype == dtype
-    torch.testing.assert_close(found["values"].double(), wanted["values"], rtol=1e-5, atol=1e-5)
-    gradients = found["gradient"].double(), wanted["gradient"]
-    torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+    for entropy_gradient in (True, False):
+        found = case.scores_and_gradient(case.head(kernels=kernels), entropy_gradient=entropy_gradient)
+        wanted = dense_scores(case, entropy_gradient=entropy_gradient)
+        assert found["values"].dtype == torch.float32 and found["gradient"].dtype == dtype
+        torch.testing.assert_close(found["values"].double(), wanted["values"], rtol=1e-5, atol=1e-5)
+        gradients = found["gradient"].double(), wanted["gradient"]
+        torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("output", ["logprobs_T", "entropy_T", "at_logprobs_TK"])
 def test_each_output_alone_has_its_gradient(output):
     case = Case()
     hidden, dense = case.hidden.clone().requires_grad_(), case.hidden.clone().requires_grad_()
-    found = score(hidden, case.head(), case.targets, entropy=output == "entropy_T",
+    entropy = output == "entropy_T"
+    found = score(hidden, case.head(), case.targets, entropy=entropy, entropy_gradient=entropy,
                   at_ids_TK=case.ids if output == "at_logprobs_TK" else None)
     getattr(found, output).sum().backward()
     logprobs = (dense @ case.weight[:VOCAB].T).log_softmax(1)
@@ -151,8 +154,9 @@ def test_what_is_not_asked_for_is_absent_and_the_topk_has_no_gradient():
     case = Case()
     plain = score(case.hidden, case.head(), case.targets)
     assert plain.entropy_T is plain.topk_ids_TK is plain.topk_logprobs_TK is plain.at_logprobs_TK is None
-    full = score(case.hidden.requires_grad_(), case.head(), case.targets, topk=2)
-    assert full.logprobs_T.requires_grad and not full.topk_logprobs_TK.requires_grad
+    full = score(case.hidden.requires_grad_(), case.head(), case.targets, topk=2, entropy=True)
+    assert full.logprobs_T.requires_grad
+    assert not full.topk_logprobs_TK.requires_grad and not full.entropy_T.requires_grad
 
 
 def test_no_gradient_reaches_the_frozen_head():
@@ -231,7 +235,8 @@ def on_a_rank() -> dict[str, Any]:
         found[name] = [*everything(case, head), {"logits": shard_logits(case.hidden, head)}]
     narrow = rank_case("ties", torch.float32)
     if len(narrow.weight) % dist.get_world_size() == 0:
-        found["triton"] = narrow.scores_and_gradient(narrow.head(group=dist.group.WORLD, kernels="triton"), 1.0)
+        head = narrow.head(group=dist.group.WORLD, kernels="triton")
+        found["triton"] = [narrow.scores_and_gradient(head, 1.0, entropy_gradient=on) for on in (True, False)]
     case = rank_case("even")
     found["tokens"] = everything(case, case.head(token_group=dist.group.WORLD))
     return found
@@ -242,7 +247,9 @@ def test_ranks_equal_one_rank(ranks):
     results = run_ranks(ranks, on_a_rank)
     if ranks == 2:
         for result in results:
-            assert_same(result.pop("triton"), dense_scores(rank_case("ties"), 1.0), 1e-5)
+            for entropy_gradient, found in zip((True, False), result.pop("triton")):
+                wanted = dense_scores(rank_case("ties"), 1.0, entropy_gradient=entropy_gradient)
+                assert_same(found, wanted, 1e-5)
     shared_out = [result.pop("tokens") for result in results]
     for found, alone in zip(zip(*shared_out), everything(rank_case("even"), rank_case("even").head())):
         for own in found:
@@ -290,7 +297,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements(what):
             else:
                 topk = 4 if what == "score with top-k" else 0
                 found = score(hidden, head, targets, entropy=True, topk=topk)
-                loss = found.logprobs_T.sum() + found.entropy_T.sum()
+                loss = found.logprobs_T.sum()
             loss.backward()
         return meter.elements
 
@@ -308,23 +315,39 @@ def test_chunks_left_open_are_bounded_by_memory():
     assert chunk_tokens_of(0, 10**12, 4) == 1
 
 
-def test_a_divergence_takes_no_gradient_where_none_is_wanted():
+def products_of(work: Callable[[torch.Tensor], torch.Tensor], differentiate: bool) -> float:
+    """How often the head is multiplied with all tokens."""
     case = Case()
-    with FlopCounterMode(display=False) as scored:
-        full_divergence(case.hidden, case.teacher, case.head())
-    with FlopCounterMode(display=False) as trained:
-        full_divergence(case.hidden.clone().requires_grad_(), case.teacher, case.head()).sum().backward()
-    product = 2 * TOKENS * HIDDEN * VOCAB
-    assert (scored.get_total_flops(), trained.get_total_flops()) == (2 * product, 3 * product)
+    with FlopCounterMode(display=False) as counter:
+        loss = work(case.hidden.clone().requires_grad_(differentiate))
+        if differentiate:
+            loss.sum().backward()
+    return counter.get_total_flops() / (2 * TOKENS * HIDDEN * VOCAB)
+
+
+def test_logits_are_made_once_and_no_gradient_is_taken_where_none_is_wanted():
+    case = Case()
+    for topk in (0, 3):
+        def logprobs(hidden: torch.Tensor, k: int = topk) -> torch.Tensor:
+            return score(hidden, case.head(), case.targets, entropy=True, topk=k, at_ids_TK=case.ids).at_logprobs_TK
+
+        assert (products_of(logprobs, False), products_of(logprobs, True)) == (1, 2)
+
+    def divergence(hidden: torch.Tensor) -> torch.Tensor:
+        return full_divergence(hidden, case.teacher, case.head())
+
+    assert (products_of(divergence, False), products_of(divergence, True)) == (2, 3)
+    assert products_of(lambda hidden: score(hidden, case.head(), case.targets, entropy=True,
+                                            entropy_gradient=True).entropy_T, True) == 3
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"target_ids_T": torch.full((TOKENS,), VOCAB)}, "target_ids_T"),
-    ({"target_ids_T": torch.full((TOKENS,), -1)}, "target_ids_T"),
-    ({"at_ids_TK": torch.full((TOKENS, 1), PADDED)}, "at_ids_TK"),
+    ({"target_ids_T": torch.full((TOKENS,), VOCAB)}, "target_ids_T, at_ids_TK: an id outside 0 to 12"),
+    ({"target_ids_T": torch.full((TOKENS,), -1)}, "an id outside 0 to 12"),
+    ({"at_ids_TK": torch.full((TOKENS, 1), PADDED)}, "an id outside 0 to 12"),
     ({"target_ids_T": torch.zeros(3, dtype=torch.long)}, "one each"),
     ({"hidden_TH": torch.zeros(TOKENS, HIDDEN + 1)}, "hidden_TH"),
     ({"temperature": 0.0}, "temperature"),
@@ -333,7 +356,7 @@ def test_a_divergence_takes_no_gradient_where_none_is_wanted():
 def test_bad_scores(change, message):
     case = Case()
     good = {"hidden_TH": case.hidden, "head": case.head(), "target_ids_T": case.targets}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         score(**(good | change))
 
 

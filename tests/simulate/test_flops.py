@@ -53,7 +53,7 @@ def _rows(rows):
 def _count(pack, backward, spec, adapter):
     """FLOPs of one pass, read off the pack: every part of every layer's stream, span by span."""
     head = 2 * spec.hidden_size * spec.vocab_size * len(pack.scored_rows)
-    total = Flops(head=head * (3 if backward else 1))
+    total = Flops(head=head * (2 if backward else 1))
     for layer in range(spec.num_layers):
         parts = pack.level(layer).parts
         for number, part in enumerate(parts):

@@ -16,6 +16,7 @@ class ShardScores(NamedTuple):
     lse_T: Tensor
     entropy_T: Tensor | None
     picked_TK: Tensor
+    rest_TH: Tensor | None = None
 
 
 def math_dtype(hidden: Tensor) -> torch.dtype:
@@ -50,15 +51,30 @@ def hidden_gradient(grad_logits_TV: Tensor, hidden_TH: Tensor, weight_VH: Tensor
 
 
 def shard_entropy_(logits_TV: Tensor, lse_T: Tensor) -> Tensor:
-    """[T] entropy of the shard's own softmax in nats, 0 for an empty shard. Overwrites ``logits_TV``."""
+    """[T] entropy of the shard's own softmax in nats, 0 for an empty shard. Leaves log-probs in ``logits_TV``."""
     if logits_TV.shape[1] == 0:
         return torch.zeros_like(lse_T)
     logprobs_TV = logits_TV.sub_(lse_T[:, None])
     return -logprobs_TV.exp().mul_(logprobs_TV).sum(1)
 
 
+def rest_(logits_TV: Tensor, lse_T: Tensor, ids_TK: Tensor, hidden_TH: Tensor, weight_VH: Tensor,
+          temperature: float) -> Tensor:
+    """[T, H] ``rest_TH`` of the contract. Overwrites ``logits_TV``; ``lse_T``: over the shard."""
+    probs_TV = logits_TV.sub_(lse_T[:, None]).exp_()
+    if probs_TV.shape[1]:
+        # The least of the probability and 0 at an id, and infinity at an id of another shard.
+        bound_TK = torch.where(_inside(ids_TK, probs_TV.shape[1]), 0.0, torch.inf).to(probs_TV.dtype)
+        probs_TV.scatter_reduce_(1, ids_TK.clamp(0, probs_TV.shape[1] - 1), bound_TK, "amin")
+    return hidden_gradient(probs_TV, hidden_TH, weight_VH, temperature)
+
+
+def _inside(ids_TK: Tensor, vocab: int) -> Tensor:
+    return (ids_TK >= 0) & (ids_TK < vocab)
+
+
 def linear_logprob(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, temperature: float = 1.0,
-                   entropy: bool = False) -> ShardScores:
+                   entropy: bool = False, rest: bool = False) -> ShardScores:
     """Scores of one block of tokens under one shard of the head.
 
     Args:
@@ -67,6 +83,7 @@ def linear_logprob(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, tempera
         ids_TK: [T, K] int64, counted from the shard's first row; outside [0, V) means another shard's.
         temperature: > 0, divides the logits.
         entropy: also return the entropy of the shard's softmax.
+        rest: also return ``rest_TH``, at the cost of a second product.
 
     Returns:
         ShardScores in the math dtype, without a graph.
@@ -75,7 +92,46 @@ def linear_logprob(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, tempera
         logits_TV = block_logits(hidden_TH, weight_VH, temperature)
         lse_T = logits_TV.logsumexp(1)
         picked_TK = pick_logits(logits_TV, ids_TK)
-        return ShardScores(lse_T, shard_entropy_(logits_TV, lse_T) if entropy else None, picked_TK)
+        entropy_T = shard_entropy_(logits_TV, lse_T) if entropy else None
+        # After the entropy the logits are log-probs already.
+        rest_TH = rest_(logits_TV, torch.zeros_like(lse_T) if entropy else lse_T, ids_TK, hidden_TH, weight_VH,
+                        temperature) if rest else None
+        return ShardScores(lse_T, entropy_T, picked_TK, rest_TH)
+
+
+def picked_gradient(rest_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, logprobs_TK: Tensor, grad_TK: Tensor,
+                    temperature: float) -> Tensor:
+    """This shard's part of the gradient of the hidden states, from what the forward kept.
+
+    Args:
+        rest_TH: this shard's part of the whole softmax's, see the package's contract.
+        ids_TK: counted from the shard's first row; they may repeat.
+        logprobs_TK: log-probs at the ids over the whole vocabulary.
+        grad_TK: gradient of these log-probs.
+
+    Returns:
+        [T, H] in the math dtype; its sum over the shards is the gradient.
+    """
+    with torch.no_grad():
+        grad_TK = grad_TK.to(rest_TH.dtype)
+        total_T1 = grad_TK.sum(1, keepdim=True)
+        ids_TK, order_TK = ids_TK.sort(1)  # an id given twice has its probability taken off once
+        own_TK = logprobs_TK.exp().gather(1, order_TK)
+        own_TK[:, 1:].masked_fill_(ids_TK[:, 1:] == ids_TK[:, :-1], 0)
+        factor_TK = grad_TK.gather(1, order_TK).addcmul_(total_T1, own_TK, value=-1)
+        grad_TH = rest_TH * -total_T1
+        vocab = weight_VH.shape[0]
+        if vocab:
+            factor_TK.masked_fill_(~_inside(ids_TK, vocab), 0).div_(temperature)
+            grad_TH += _weighted_rows(weight_VH, ids_TK.clamp(0, vocab - 1), factor_TK)
+        return grad_TH
+
+
+def _weighted_rows(weight_VH: Tensor, ids_TK: Tensor, factor_TK: Tensor) -> Tensor:
+    """[T, H] sum over k of factor_TK weight_VH[ids_TK] in the dtype of the factors."""
+    if weight_VH.dtype == factor_TK.dtype:
+        return torch.nn.functional.embedding_bag(ids_TK, weight_VH, mode="sum", per_sample_weights=factor_TK)
+    return (factor_TK[:, None] @ weight_VH[ids_TK].to(factor_TK.dtype))[:, 0]
 
 
 def linear_logprob_backward(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, temperature: float,
@@ -101,7 +157,7 @@ def linear_logprob_backward(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor
             grad_TV.add_(entropy_T[:, None]).mul_(grad_entropy_T[:, None]).add_(total_T[:, None])
             grad_TV.mul_(probs_TV).neg_()
         if grad_picked_TK is not None and grad_TV.shape[1]:
-            inside_TK = (ids_TK >= 0) & (ids_TK < grad_TV.shape[1])
+            inside_TK = _inside(ids_TK, grad_TV.shape[1])
             grad_TV.scatter_add_(1, ids_TK.clamp(0, grad_TV.shape[1] - 1),
                                  grad_picked_TK.to(grad_TV.dtype).masked_fill(~inside_TK, 0))
         return hidden_gradient(grad_TV, hidden_TH, weight_VH, temperature)

@@ -2,7 +2,8 @@
 
 The product is left to cuBLAS, which no hand-written one beats at these shapes (T x V x H with V of 10^5); what is
 fused is everything else. Forward: one read of the logits gives log-sum-exp, entropy and the picked logits (the
-reference reads them four times). Backward: the logits become their own gradient in place, in one read and one write.
+reference reads them four times). The logits then become probabilities, or in the backward of the entropy their own
+gradient, in place, in one read and one write.
 
 Entropy in one read: with s = sum exp(z - m) and u = sum (z - m) exp(z - m), H = log s - u / s; when the running
 maximum m rises by d, s and u become e^-d s and e^-d (u - d s).
@@ -12,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from copd_kernels.linear_logprob.reference import ShardScores, block_logits, hidden_gradient
+from copd_kernels.linear_logprob.reference import ShardScores, block_logits, hidden_gradient, picked_gradient
+
+__all__ = ["linear_logprob", "linear_logprob_backward", "picked_gradient", "rest_", "row_scores"]
 
 BLOCK = 4096
 """Logits of a row that one program holds at a time."""
@@ -89,6 +92,23 @@ def _gradient(LOGITS, IDS, LSE, GRAD_PICKED, ENTROPY, GRAD_ENTROPY, vocab, strid
         tl.store(logits + wanted, base + summed, mask=here)
 
 
+@triton.jit
+def _probabilities(LOGITS, IDS, LSE, vocab, stride, picks, J: tl.constexpr, BLOCK: tl.constexpr):
+    """Row of logits -> its probabilities, in place, 0 at the ids."""
+    row = tl.program_id(0).to(tl.int64)
+    logits = LOGITS + row * stride
+    lse = tl.load(LSE + row)
+    place = tl.arange(0, BLOCK)
+    for start in range(0, vocab, BLOCK):
+        inside = start + place < vocab
+        x = tl.load(logits + start + place, mask=inside, other=float("-inf")).to(tl.float32)
+        tl.store(logits + start + place, tl.exp(x - lse), mask=inside)
+    tl.debug_barrier()  # after the elementwise writes of all threads
+    pick = tl.arange(0, J)
+    wanted = tl.load(IDS + row * picks + pick, mask=pick < picks, other=-1)
+    tl.store(logits + wanted, tl.zeros([J], tl.float32), mask=(wanted >= 0) & (wanted < vocab))
+
+
 def _fits(hidden_TH: Tensor) -> None:
     if hidden_TH.dtype == torch.float64:
         raise ValueError("linear_logprob in Triton: float64 hidden states; float32, bfloat16 or float16; use the "
@@ -100,11 +120,26 @@ def _width(picks: int) -> int:
 
 
 def linear_logprob(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, temperature: float = 1.0,
-                   entropy: bool = False) -> ShardScores:
+                   entropy: bool = False, rest: bool = False) -> ShardScores:
     """As ``reference.linear_logprob``. ValueError for float64."""
     _fits(hidden_TH)
     with torch.no_grad():
-        return row_scores(block_logits(hidden_TH, weight_VH, temperature), ids_TK, entropy)
+        logits_TV = block_logits(hidden_TH, weight_VH, temperature)
+        scores = row_scores(logits_TV, ids_TK, entropy)
+        if not rest:
+            return scores
+        return scores._replace(rest_TH=rest_(logits_TV, scores.lse_T, ids_TK, hidden_TH, weight_VH, temperature))
+
+
+def rest_(logits_TV: Tensor, lse_T: Tensor, ids_TK: Tensor, hidden_TH: Tensor, weight_VH: Tensor,
+          temperature: float) -> Tensor:
+    """As ``reference.rest_``, on float32 logits."""
+    tokens, vocab = logits_TV.shape
+    if tokens and vocab:
+        _probabilities[(tokens,)](logits_TV, ids_TK.contiguous(), lse_T, vocab, logits_TV.stride(0), ids_TK.shape[1],
+                                  J=_width(ids_TK.shape[1]), BLOCK=min(BLOCK, triton.next_power_of_2(vocab)),
+                                  num_warps=8)
+    return hidden_gradient(logits_TV, hidden_TH, weight_VH, temperature)
 
 
 def row_scores(logits_TV: Tensor, ids_TK: Tensor, entropy: bool = False) -> ShardScores:
