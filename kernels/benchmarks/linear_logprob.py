@@ -37,7 +37,10 @@ def _both(tokens: int, hidden_size: int, vocab: int, dtype: torch.dtype, device:
     read = dtype.itemsize * hidden_size * (tokens + vocab)
     yield Case(f"forward {shape}", dtype,
                sides(lambda module: module.linear_logprob(hidden, head, ids, 1.0, True), **modules), read, product)
-    yield Case(f"backward {shape}", dtype,
+    yield Case(f"forward with what the backward needs {shape}", dtype,
+               sides(lambda module: module.linear_logprob(hidden, head, ids, 1.0, False, True), **modules),
+               2 * read, 2 * product)
+    yield Case(f"backward with entropy {shape}", dtype,
                sides(lambda module: [module.linear_logprob_backward(hidden, head, ids, 1.0, scored.lse_T, grad_picked,
                                                                     scored.entropy_T, grad_entropy)], **modules),
                2 * read, 2 * product)

@@ -166,9 +166,10 @@ def held_by_a_pass(job: Job, layout: Layout) -> dict[str, float]:
         with PeakBytes() as made:
             with saved_by_autograd(backbone.parameters()) as saved:
                 hidden = backbone(pack)
-            # What the plan has and the graph has not yet: the head's input, and this rank's part of it again.
-            own = storage_bytes([hidden]) // layout.cp if layout.cp > 1 else 0
-            real = sum(size for size, _ in saved.values()) + storage_bytes([hidden]) + own
+            # What the plan has and the graph has not yet: the head's means for this rank's rows, and of context ranks
+            # all rows that are scored.
+            head = hidden.numel() // layout.cp * 4 + (storage_bytes([hidden]) if layout.cp > 1 else 0)
+            real = sum(size for size, _ in saved.values()) + head
             saved.clear()
             made.peak = made.now
             hidden.sum().backward()
@@ -179,7 +180,7 @@ def held_by_a_pass(job: Job, layout: Layout) -> dict[str, float]:
     rows, width = on_rank(rows, layout), Width.of(job, layout)
     planned = saved_bytes(job, layout, layout.pp - 1, rows, width)
     return {"planned": planned, "real": real, "planned peak": planned + backward_bytes(job, layout, rows, width),
-            "peak": made.peak + own}
+            "peak": made.peak - storage_bytes([hidden]) + head}
 
 
 @pytest.mark.parametrize(("scope", "dtype", "first_layer", "targets", "recompute"), [

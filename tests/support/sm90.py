@@ -98,12 +98,12 @@ def topk_kl() -> None:
 
 
 def linear_logprob() -> None:
-    """Forward and backward with entropy."""
+    """Forward, with and without what a backward needs, and backward with entropy."""
     from copd_kernels.linear_logprob import triton_impl
 
     hidden, ids = torch.zeros(1, 16, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
     head, one = torch.zeros(5000, 16, dtype=torch.bfloat16), torch.zeros(1)
-    triton_impl.linear_logprob(hidden, head, ids, 1.0, True)
+    triton_impl.linear_logprob(hidden, head, ids, 1.0, True, True)
     triton_impl.linear_logprob_backward(hidden, head, ids, 1.0, one, one[:, None], one, one)
 
 

@@ -15,9 +15,9 @@ def one_step(config: RunConfig, run_dir: Path) -> tuple[dict, list, dict, dict]:
                  for e, o in trainer.learner.optimizers.items()}
         samples, gradients, update = [], {}, trainer.learner.update
 
-        def remember(given, training):
+        def remember(given, *others):
             samples.extend(given)
-            return update(given, training)
+            return update(given, *others)
 
         trainer.learner.update = remember
         for expert, optimizer in trainer.learner.optimizers.items():

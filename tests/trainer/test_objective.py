@@ -97,9 +97,9 @@ def watch_updates(trainer) -> tuple[list, dict]:
     seen, updates = [], {e: [] for e in EXPERTS}
     update = trainer.learner.update
 
-    def remember(samples, training):
+    def remember(samples, *others):
         seen.extend(samples)
-        return update(samples, training)
+        return update(samples, *others)
 
     trainer.learner.update = remember
     for expert, optimizer in trainer.learner.optimizers.items():
