@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_90 next to without spilling registers, and fits a multiprocessor. No GPU is needed."""
+"""Every Triton kernel compiles for sm_90, spills next to nothing and fits a multiprocessor. No GPU is needed."""
 import json
 import os
 import subprocess

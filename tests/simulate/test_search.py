@@ -143,7 +143,8 @@ def test_moe_experts_are_shared_out_over_their_ranks():
 def test_search_tries_every_way_to_share_out_moe_experts():
     found = search(moe_job(), 8, H100, "scatter")
     shapes = {(c.tp, c.pp, c.cp, c.ep, c.etp) for c in found if c.vp == 1}
-    assert len({(*s, c.vp) for c in found for s in [(c.tp, c.pp, c.cp, c.ep, c.etp)]}) == len(found) and {(1, 1, 8, 8, 1), (1, 1, 8, 1, 1), (4, 1, 2, 8, 1), (4, 1, 2, 2, 4)} <= shapes
+    assert len({replace(c, peak_bytes=0.0, time=None, reason="") for c in found}) == len(found)
+    assert {(1, 1, 8, 8, 1), (1, 1, 8, 1, 1), (4, 1, 2, 8, 1), (4, 1, 2, 2, 4)} <= shapes
     text = search_text(found, H100)
     assert text.count(" ETP ") == 2 and any(c.fits and c.ep == 8 for c in found)
     spread, whole = (next(c for c in found if (c.tp, c.pp, c.cp, c.ep, c.etp) == (1, 1, 8, ep, 1)) for ep in (8, 1))
