@@ -20,10 +20,8 @@ other load only adds time. `gather_object`, which is slow, runs twice.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -38,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import bench_record
 import exchange_baselines
 from exchange_world import World, factor_of, make_bank
 from forked_ranks import fork_ranks
@@ -218,15 +217,8 @@ def run_rank(experts: int, world: World, options: argparse.Namespace, where: dic
 
 def save(rows: Sequence[dict], where: dict, options: argparse.Namespace) -> None:
     """Write all rows so far to `--json`, in place of what is there."""
-    if options.json is None:
-        return
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    content = {"rows": rows, "machine": where, "arguments": given, "exponents": [
-        {"topology": t, "transport": w, "exponent": p} for t, w, p in growth(rows)]}
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    new = options.json.with_name(options.json.name + ".new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    new.replace(options.json)
+    exponents = [{"topology": t, "transport": w, "exponent": p} for t, w, p in growth(rows)]
+    bench_record.save_json(options.json, {"rows": rows, "exponents": exponents}, where, options)
 
 
 HEADINGS = (f"{'experts':>7}{'topology':>10} {'transport':<16}{'signal':<14}{'bytes/token':>11}{'full vocab /':>13}"
@@ -271,14 +263,9 @@ def growth(rows: Sequence[dict]) -> Iterator[tuple[str, str, float]]:
 
 
 def machine() -> dict:
-    """Where this runs, and how busy it is."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in (info.read_text().splitlines() if info.exists() else [])
-             if line.startswith("model name")]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(), "memory_bytes": memory,
-            "load": os.getloadavg()[0], "backend": "gloo", "torch": torch.__version__,
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    """Where this runs."""
+    return bench_record.machine() | {
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "backend": "gloo"}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -301,9 +288,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, row after row")
     options = parser.parse_args(arguments)
-    for name in ("ranks", "tokens", "vocabulary", "topk", "hidden", "rank", "adapter_layers", "repeats"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}; at least 1")
+    bench_record.refuse_below(parser, options, ranks=1, tokens=1, vocabulary=1, topk=1, hidden=1, rank=1,
+                              adapter_layers=1, repeats=1)
     if options.topk > options.vocabulary:
         parser.error(f"--topk: {options.topk}; at most the vocabulary's {options.vocabulary}")
     if min(options.experts) < 2 or options.ranks < 2:

@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from bench_update import machine  # noqa: E402
+from bench_record import machine, refuse_below  # noqa: E402
 from own_process import in_a_process  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -263,10 +263,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE",
                         help="write the first loss's numbers there, and all of them as rows")
     options = parser.parse_args(arguments)
-    for name, least in (("tokens", 1), ("hidden", 1), ("vocab", TOPK + 1), ("chunk_tokens", 0), ("threads", 0),
-                        ("repeats", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}; at least {least}")
+    refuse_below(parser, options, tokens=1, hidden=1, vocab=TOPK + 1, chunk_tokens=0, threads=0, repeats=1)
     options.uniform = False
     return options
 

@@ -15,9 +15,7 @@ head included.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -30,19 +28,29 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from bench_backbone import (
+    add_shape_options,
+    describe,
+    random_backbone,
+    random_prompt,
+    refuse_impossible_shapes,
+    spec_of,
+)
+from bench_record import machine, refuse_below, save_json
 
 import copd_megatron.platform  # noqa: F401  (before any of Megatron)
-from copd_megatron.config.model import AdapterConfig, ModelConfig
-from copd_megatron.model.backbone import DTYPES, Backbone
+from copd_megatron.config.model import AdapterConfig
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack
-from copd_megatron.model.spec import BackboneSpec, RopeSpec
+from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.vocab_parallel import score, shard_logits
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.platform import device
 from copd_megatron.simulate.flops import WAYS, UpdateShape, Way, update_flops
-from copd_megatron.types import Prompt, UserError
+from copd_megatron.types import UserError
 
 SWEEP_LENGTHS = ((16384, 1024), (4096, 1024), (1024, 256), (1024, 1024), (1024, 4096), (1024, 8192))
 """Prefix and completion of the map, from a long video to long reasoning."""
@@ -77,7 +85,7 @@ class Update:
         self.experts = [f"expert{n}" for n in range(shape.experts)]
         self.backbone = random_backbone(spec, adapter, groups, dtype, self.experts)
         rng = np.random.default_rng(0)
-        self.prompt = random_prompt(rng, shape, spec.vocab_size)
+        self.prompt = random_prompt(rng, shape.prefix, shape.header, spec.vocab_size)
         self.completions = [tuple(ids) for ids in rng.integers(0, spec.vocab_size, (shape.group, shape.completion))]
         self.weights = torch.from_numpy(rng.normal(size=shape.group * shape.completion)).float().to(device())
 
@@ -125,32 +133,6 @@ class Update:
         return hidden, score(hidden, self.backbone.head, pack.target_ids).logprobs_T
 
 
-def random_backbone(spec: BackboneSpec, adapter: AdapterConfig, groups: Groups, dtype: str,
-                    experts: Sequence[str]) -> Backbone:
-    """Weights that keep activations of order one; no adapter is zero, so that every gradient is exercised."""
-    backbone = Backbone(spec, groups, ModelConfig(path="-", dtype=dtype), adapter)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in backbone.named_parameters():
-        if "norm" in name:
-            parameter.data.fill_(1.0)
-        else:
-            scale = 1.0 if "embedding" in name else parameter.shape[-1] ** -0.5
-            parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    for expert in experts:
-        backbone.bank.add_expert(expert, seed=0)
-        for name, parameter in backbone.bank.parameters_of(expert).items():
-            if name.endswith("lora_B"):
-                parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return backbone
-
-
-def random_prompt(rng: np.random.Generator, shape: UpdateShape, vocab_size: int) -> Prompt:
-    """A text prompt of the shape's length."""
-    positions = np.broadcast_to(np.arange(shape.prefix), (3, shape.prefix)).copy()
-    return Prompt("bench", "bench", rng.integers(0, vocab_size, shape.prefix), positions, shape.prefix, None,
-                  np.zeros(0, np.int64), shape.header, "bench")
-
-
 def measure(spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, groups: Groups, dtype: str,
             max_tokens: int, repeats: int) -> dict:
     """One row: differences, times, ratios and the prediction. Raises ArithmeticError if the ways disagree."""
@@ -196,21 +178,6 @@ def compare(update: Update, tolerance: float) -> dict[str, float]:
         f"max_{what}": value for what, value in largest.items()}
 
 
-def machine() -> dict:
-    """Where this runs, and how busy it is."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    on_gpu = torch.cuda.is_available()
-    return {"device": torch.cuda.get_device_name() if on_gpu else "cpu",
-            "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "load": load, "torch": torch.__version__,
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line; defaults are sized for two CPU cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,21 +185,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             ("prefix", 256, "tokens of the prompt"), ("completion", 32, "tokens of each completion"),
             ("group", 8, "completions of the prompt"), ("experts", 3, "experts that score"),
             ("header", 3, "prompt tokens that scope completion adapts"),
-            ("first-layer", 0, "first adapted layer"), ("layers", 6, "layers of the backbone"),
-            ("hidden", 512, "hidden size"), ("heads", 8, "query heads"), ("kv-heads", 4, "key/value heads"),
-            ("ffn", 1536, "feed-forward size"), ("vocab", 4096, "vocabulary"), ("rank", 16, "rank of the adapters"),
             ("threads", 0, "CPU threads; 0: all cores"), ("repeats", 3, "timed runs of each way"),
             ("max-tokens", 4096, "tokens of one naive pass"), ("scale", 16, "divides the lengths of --sweep")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
+    add_shape_options(parser)
     parser.add_argument("--scope", choices=("sequence", "completion"), default="sequence")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
     parser.add_argument("--sweep", action="store_true",
                         help="the map from 16k/1k to 1k/8k, both scopes, first layer 0 and half depth")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     options = parser.parse_args(arguments)
-    for name in ("prefix", "completion", "group", "experts", "header", "repeats", "max_tokens", "scale"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}; at least 1")
+    refuse_below(parser, options, prefix=1, completion=1, group=1, experts=1, header=1, repeats=1, max_tokens=1,
+                 scale=1, threads=0)
+    refuse_impossible_shapes(parser, options)
     if options.header > options.prefix:
         parser.error(f"--header: {options.header}; at most the prefix's {options.prefix}")
     return options
@@ -271,17 +235,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write. 0; 1 when the ways disagree; 2 when the shape is impossible."""
     options = parse(arguments)
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
-    spec = BackboneSpec(family="qwen3", num_layers=options.layers, hidden_size=options.hidden,
-                        ffn_hidden_size=options.ffn, num_heads=options.heads, num_kv_heads=options.kv_heads,
-                        head_dim=options.hidden // options.heads, vocab_size=options.vocab, norm_eps=1e-6,
-                        rope=RopeSpec(1e6), qk_norm=True, qkv_bias=False, o_bias=False, mlp_bias=False,
-                        tied_head=False, deepstack_layers=0)
+    spec = spec_of(options)
     where = machine()
     print(f"{where['device']}: {where['cpu']}, {where['threads']} threads, load {where['load']}, torch "
           f"{where['torch']}, {options.dtype}")
-    print(f"backbone: {spec.num_layers} layers of {spec.hidden_size}, {spec.num_heads} heads on "
-          f"{spec.num_kv_heads}, feed-forward {spec.ffn_hidden_size}, vocabulary {spec.vocab_size}; "
-          f"LoRA rank {options.rank} on every linear")
+    print(describe(spec, options.rank))
     if options.sweep:
         print(f"lengths are {', '.join(f'{p}/{r}' for p, r in SWEEP_LENGTHS)} divided by {options.scale}")
     groups = Groups.create(Layout(), Placement.build(("expert0",), 1))
@@ -295,10 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, ArithmeticError) else 2
     finally:
         groups.destroy()
-    if options.json:
-        result = {"rows": rows} if options.sweep else rows[0]
-        given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        options.json.write_text(json.dumps(result | {"machine": where, "arguments": given}, indent=1) + "\n")
+    save_json(options.json, {"rows": rows} if options.sweep else rows[0], where, options)
     return 0
 
 

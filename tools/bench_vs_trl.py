@@ -37,7 +37,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from bench_update import machine  # noqa: E402
+from bench_record import machine, refuse_below  # noqa: E402
 from fixed_update import Outcome, Work, header_of, make_work, timed  # noqa: E402
 from own_process import in_a_process  # noqa: E402
 
@@ -176,10 +176,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--ours-only", action="store_true", help="leave TRL's side out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     options = parser.parse_args(arguments)
-    for name, least in (("prompts", 1), ("prompt_tokens", 1), ("completion_tokens", 1), ("group", 2), ("rank", 1),
-                        ("threads", 0), ("repeats", 1), ("limit_s", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')}: {getattr(options, name)}; at least {least}")
+    refuse_below(parser, options, prompts=1, prompt_tokens=1, completion_tokens=1, group=2, rank=1, threads=0,
+                 repeats=1, limit_s=1)
     return options
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from bench_update import random_backbone
+from bench_backbone import random_backbone
 from torch.utils.flop_counter import FlopCounterMode
 
 from copd_megatron.config.trainer import OptimizerConfig

@@ -6,7 +6,7 @@
 #   3 prefix        an update with shared prefixes against naive ones, a Qwen3-4B-shaped backbone
 #   4 kernels       each Triton kernel: agreement, time, share of the roofline
 #   5 losses        losses over the vocabulary against kept logits and Liger-Kernel
-#   6 rollout       tokens per second of the embedded engine
+#   6 rollout       tokens per second of the embedded engine, a Qwen3-4B-shaped backbone, three experts
 #   7 recipe        the SmolLM2 recipe with three skills
 #   8 step          where a step's time goes
 #
@@ -54,7 +54,9 @@ item_3() {
 }
 item_4() { each_kernel "${KERNELS[@]}"; }
 item_5() { tool bench_losses.py --json "$OUT/losses.json"; }
-item_6() { tool bench_rollout.py --json "$OUT/rollout.json"; }
+item_6() {
+    tool bench_rollout.py "${QWEN3_4B[@]}" --prefix 4096 --completion 128 --batch 8 64 --json "$OUT/rollout.json"
+}
 item_7() { tool smollm2_study.py --json "$OUT/smollm2.json"; }
 item_8() { tool profile_step.py examples/quickstart.py --json "$OUT/step.json"; }
 

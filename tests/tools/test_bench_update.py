@@ -84,7 +84,8 @@ def test_a_way_that_computes_something_else_is_an_error(bench, one_rank, part):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--prefix", "2"], "--header: 3; at most the prefix's 2"), (["--group", "0"], "--group: 0; at least 1")])
+    (["--prefix", "2"], "--header: 3; at most the prefix's 2"), (["--group", "0"], "--group: 0; at least 1"),
+    (["--kv-heads", "3"], "--kv-heads: 3; a divisor of the 2 heads")])
 def test_impossible_shapes_are_refused(bench, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         bench.main([*SMALL, *arguments])

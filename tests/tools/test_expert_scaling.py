@@ -22,7 +22,7 @@ def tool():
         yield importlib.import_module(TOOL.stem)
     finally:
         sys.path.remove(str(TOOL.parent))
-        for name in (TOOL.stem, "expert_step", "forked_ranks", "bench_update"):
+        for name in (TOOL.stem, "expert_step", "forked_ranks", "bench_backbone", "bench_record"):
             sys.modules.pop(name, None)
 
 
