@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from copd_kernels.linear_logprob.reference import block_logits, hidden_gradient, math_dtype
+from copd_kernels.vocab_topk.reference import row_blocks, row_lse
 from copd_megatron.model.vocab_parallel import Head, check_hidden, everybodys, merge_lse, own_tokens, sum_over
 
 DivergenceKind = Literal["reverse", "forward", "jsd"]
@@ -60,11 +61,14 @@ class _FullDivergence(torch.autograd.Function):
         like = {"dtype": math_dtype(student_TH), "device": student_TH.device}
         value_T = torch.zeros(len(student_TH), **like)
         slope_TH = torch.empty(student_TH.shape, **like) if differentiable else None
+        memories = head.logits_memory(student_TH), head.logits_memory(student_TH)
         for rows in head.chunks(student_TH):
-            value_T[rows], slope_BH = _chunk_divergence(student_TH[rows], teacher_TH[rows], head, kind, temperature,
-                                                        jsd_weight, differentiable)
+            logits = [block_logits(hidden_TH[rows], head.real_weight, temperature, memory_CV)
+                      for hidden_TH, memory_CV in zip((student_TH, teacher_TH), memories)]
+            value_T[rows], grad_TV = _chunk_divergence_(*logits, head, kind, jsd_weight)
             if slope_TH is not None:
-                slope_TH[rows] = slope_BH
+                slope_TH[rows] = hidden_gradient(grad_TV, student_TH[rows], head.real_weight, temperature)
+            del logits, grad_TV  # or they live on beside the next chunk's
         ctx.save_for_backward(slope_TH)
         ctx.group, ctx.dtype = head.group, student_TH.dtype
         return value_T
@@ -76,44 +80,39 @@ class _FullDivergence(torch.autograd.Function):
         return (sum_over(slope_TH * grad_T[:, None], ctx.group).to(ctx.dtype), *(None,) * 6)
 
 
-def _chunk_divergence(student_TH: Tensor, teacher_TH: Tensor, head: Head, kind: str, temperature: float,
-                      jsd_weight: float, differentiable: bool) -> tuple[Tensor, Tensor | None]:
-    """Values [T] of a chunk's tokens over the whole vocabulary, and this shard's part of their gradients [T, H].
+def _chunk_divergence_(student_TV: Tensor, teacher_TV: Tensor, head: Head, kind: str, jsd_weight: float
+                       ) -> tuple[Tensor, Tensor]:
+    """Of a chunk's logits: values [T] over the whole vocabulary, and their gradients by this shard's logits [T, V].
 
-    A function of its own, so that no chunk's tensors live on beside the next one's.
+    Overwrites both.
     """
-    student_TV = block_logits(student_TH, head.real_weight, temperature)
-    teacher_TV = block_logits(teacher_TH, head.real_weight, temperature)
-    lse_T2 = merge_lse(torch.stack([student_TV.logsumexp(1), teacher_TV.logsumexp(1)], 1), head.group)
-    student_TV.sub_(lse_T2[:, :1])
-    teacher_TV.sub_(lse_T2[:, 1:])
-    local_T, probs_TV, pull_TV = _divergence_(student_TV, teacher_TV, kind, jsd_weight)
-    sums_T2 = sum_over(torch.stack([local_T, pull_TV.sum(1)], 1), head.group)
-    if not differentiable:
-        return sums_T2[:, 0], None
-    grad_TV = pull_TV.sub_(probs_TV.mul_(sums_T2[:, 1:]))
-    return sums_T2[:, 0], hidden_gradient(grad_TV, student_TH, head.real_weight, temperature)
+    lse_T2 = merge_lse(torch.stack([row_lse(student_TV), row_lse(teacher_TV)], 1), head.group)
+    probs_TV, pull_TV = student_TV.sub_(lse_T2[:, :1]), teacher_TV.sub_(lse_T2[:, 1:])
+    parts = [_divergence_(*block, kind, jsd_weight) for block in zip(row_blocks(probs_TV), row_blocks(pull_TV))]
+    sums_T2 = sum_over(torch.cat(parts), head.group)
+    return sums_T2[:, 0], pull_TV.sub_(probs_TV.mul_(sums_T2[:, 1:]))
 
 
-def _divergence_(log_p_TV: Tensor, log_q_TV: Tensor, kind: str, jsd_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """This shard's part [T] of the divergence of the student's p, then p [T, V] and p c [T, V]. Overwrites both inputs.
+def _divergence_(log_p_TV: Tensor, log_q_TV: Tensor, kind: str, jsd_weight: float) -> Tensor:
+    """[T, 2]: this shard's part of the divergence of the student's p, and of sum(p c). Leaves p and p c in the inputs.
 
     c is the derivative by p: log p - log q for reverse, -q / p for forward, (1 - w)(log p - log m) for
     Jensen-Shannon. The gradient of the logits is p c - p sum(p c), the sum over the whole vocabulary.
     """
     if kind == "reverse":
-        gap_TV, probs_TV = log_q_TV.neg_().add_(log_p_TV), log_p_TV.exp_()
-        pull_TV = gap_TV.mul_(probs_TV)
-        return pull_TV.sum(1), probs_TV, pull_TV
+        pull_TV, probs_TV = log_q_TV.neg_().add_(log_p_TV), log_p_TV.exp_()
+        pull_T = pull_TV.mul_(probs_TV).sum(1)
+        return torch.stack([pull_T, pull_T], 1)
     if kind == "forward":
         gap_TV, pull_TV = log_q_TV - log_p_TV, log_q_TV.exp_().neg_()
-        return -gap_TV.mul_(pull_TV).sum(1), log_p_TV.exp_(), pull_TV
+        log_p_TV.exp_()
+        return torch.stack([-gap_TV.mul_(pull_TV).sum(1), pull_TV.sum(1)], 1)
     log_m_TV = _log_mixture(log_p_TV, log_q_TV, jsd_weight)
     gap_TV = log_q_TV - log_m_TV
     teacher_T = gap_TV.mul_(log_q_TV.exp_()).sum(1)
-    pull_TV, probs_TV = log_m_TV.neg_().add_(log_p_TV).mul_(1 - jsd_weight), log_p_TV.exp_()
-    pull_TV.mul_(probs_TV)
-    return pull_TV.sum(1).add_(teacher_T, alpha=jsd_weight), probs_TV, pull_TV
+    pull_TV = torch.sub(log_p_TV, log_m_TV, out=log_q_TV).mul_(1 - jsd_weight)
+    pull_T = pull_TV.mul_(log_p_TV.exp_()).sum(1)
+    return torch.stack([pull_T.add(teacher_T, alpha=jsd_weight), pull_T], 1)
 
 
 def _log_mixture(log_p_TV: Tensor, log_q_TV: Tensor, teacher_share: float) -> Tensor:

@@ -26,6 +26,7 @@ from copd_kernels.backend import Backend, implementation
 from copd_kernels.linear_logprob.reference import (
     ShardScores,
     block_logits,
+    logits_memory,
     math_dtype,
     shard_entropy_,
 )
@@ -81,9 +82,16 @@ class Head:
 
     def chunks(self, hidden_TH: Tensor) -> Iterator[slice]:
         """Rows of ``hidden_TH`` whose logits exist together, equally many on every rank of the group."""
-        # Of the padded rows: a rank that holds only padding must join the collectives of every chunk.
-        size = chunk_tokens_of(self.chunk_tokens, self.weight.shape[0], math_dtype(hidden_TH).itemsize)
+        size = self._chunk_size(hidden_TH)
         return (slice(start, min(start + size, len(hidden_TH))) for start in range(0, len(hidden_TH), size))
+
+    def logits_memory(self, hidden_TH: Tensor) -> Tensor | None:
+        """For the logits of every chunk, see ``linear_logprob.reference.logits_memory``."""
+        return logits_memory(hidden_TH, self.real_weight, min(self._chunk_size(hidden_TH), len(hidden_TH)))
+
+    def _chunk_size(self, hidden_TH: Tensor) -> int:
+        # Of the padded rows: a rank that holds only padding must join the collectives of every chunk.
+        return chunk_tokens_of(self.chunk_tokens, self.weight.shape[0], math_dtype(hidden_TH).itemsize)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,17 +257,17 @@ def _shard_scores(hidden_TH: Tensor, head: Head, ids_TJ: Tensor, temperature: fl
     values_TK = torch.empty(tokens, topk, **like) if topk else None
     topk_ids_TK = torch.empty(tokens, topk, dtype=torch.int64, device=hidden_TH.device) if topk else None
     vocab_topk = implementation("vocab_topk", head.kernels).vocab_topk
-    operator = implementation("linear_logprob", head.kernels)
+    operator, memory_CV = implementation("linear_logprob", head.kernels), head.logits_memory(hidden_TH)
     for rows in head.chunks(hidden_TH):
         if topk:
-            logits_TV = block_logits(hidden_TH[rows], weight, temperature)
+            logits_TV = block_logits(hidden_TH[rows], weight, temperature, memory_CV)
             values_TK[rows], topk_ids_TK[rows], lse_T, picked_TJ = vocab_topk(logits_TV, topk, ids_TJ[rows])
             entropy_T = shard_entropy_(logits_TV, lse_T) if entropy else None  # and then these are log-probs
             own = ShardScores(lse_T, entropy_T, picked_TJ, operator.rest_(
                 logits_TV, torch.zeros_like(lse_T) if entropy else lse_T, ids_TJ[rows], hidden_TH[rows], weight,
                 temperature) if rest else None)
         else:
-            own = operator.linear_logprob(hidden_TH[rows], weight, ids_TJ[rows], temperature, entropy, rest)
+            own = operator.linear_logprob(hidden_TH[rows], weight, ids_TJ[rows], temperature, entropy, rest, memory_CV)
         for column, part in zip(whole, own):
             if column is not None:
                 column[rows] = part

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from copd_kernels.vocab_topk.reference import pick_logits
+from copd_kernels.vocab_topk.reference import by_rows, pick_logits, row_lse
 
 
 class ShardScores(NamedTuple):
@@ -24,17 +24,32 @@ def math_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right, accumulated and returned in ``dtype``."""
+def logits_memory(hidden_TH: Tensor, weight_VH: Tensor, tokens: int) -> Tensor | None:
+    """[tokens, V] for the logits of one chunk after another; None on CUDA, whose allocator keeps what was freed.
+
+    On a CPU a fresh tensor of this size costs its page faults, a fifth of the product.
+    """
+    if hidden_TH.is_cuda:
+        return None
+    return torch.empty(tokens, weight_VH.shape[0], dtype=math_dtype(hidden_TH), device=hidden_TH.device)
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """left @ right, accumulated and returned in ``dtype``; in ``out`` if given."""
     # Only CUDA can multiply bfloat16 into float32; elsewhere the (exact) upcast is a copy of the weight.
     if left.is_cuda and left.dtype == right.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
+    return torch.mm(left.to(dtype), right.to(dtype), out=out)
 
 
-def block_logits(hidden_TH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
-    """[T, V] logits hidden weight^T / temperature in the math dtype; the caller owns the fresh tensor."""
-    logits_TV = _product(hidden_TH, weight_VH.t(), math_dtype(hidden_TH))
+def block_logits(hidden_TH: Tensor, weight_VH: Tensor, temperature: float,
+                 memory_CV: Tensor | None = None) -> Tensor:
+    """[T, V] logits hidden weight^T / temperature in the math dtype, which the caller owns.
+
+    ``memory_CV``: from :func:`logits_memory`, for at least T tokens, whose first rows become the logits.
+    """
+    out = None if memory_CV is None else memory_CV[:len(hidden_TH)]
+    logits_TV = _product(hidden_TH.detach(), weight_VH.detach().t(), math_dtype(hidden_TH), out)
     return logits_TV if temperature == 1.0 else logits_TV.div_(temperature)
 
 
@@ -55,7 +70,7 @@ def shard_entropy_(logits_TV: Tensor, lse_T: Tensor) -> Tensor:
     if logits_TV.shape[1] == 0:
         return torch.zeros_like(lse_T)
     logprobs_TV = logits_TV.sub_(lse_T[:, None])
-    return -logprobs_TV.exp().mul_(logprobs_TV).sum(1)
+    return by_rows(lambda block_TV: -block_TV.exp().mul_(block_TV).sum(1), logprobs_TV)
 
 
 def rest_(logits_TV: Tensor, lse_T: Tensor, ids_TK: Tensor, hidden_TH: Tensor, weight_VH: Tensor,
@@ -74,7 +89,7 @@ def _inside(ids_TK: Tensor, vocab: int) -> Tensor:
 
 
 def linear_logprob(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, temperature: float = 1.0,
-                   entropy: bool = False, rest: bool = False) -> ShardScores:
+                   entropy: bool = False, rest: bool = False, memory_CV: Tensor | None = None) -> ShardScores:
     """Scores of one block of tokens under one shard of the head.
 
     Args:
@@ -84,13 +99,14 @@ def linear_logprob(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, tempera
         temperature: > 0, divides the logits.
         entropy: also return the entropy of the shard's softmax.
         rest: also return ``rest_TH``, at the cost of a second product.
+        memory_CV: as :func:`block_logits` takes it.
 
     Returns:
         ShardScores in the math dtype, without a graph.
     """
     with torch.no_grad():
-        logits_TV = block_logits(hidden_TH, weight_VH, temperature)
-        lse_T = logits_TV.logsumexp(1)
+        logits_TV = block_logits(hidden_TH, weight_VH, temperature, memory_CV)
+        lse_T = row_lse(logits_TV)
         picked_TK = pick_logits(logits_TV, ids_TK)
         entropy_T = shard_entropy_(logits_TV, lse_T) if entropy else None
         # After the entropy the logits are log-probs already.

@@ -120,11 +120,11 @@ def _width(picks: int) -> int:
 
 
 def linear_logprob(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, temperature: float = 1.0,
-                   entropy: bool = False, rest: bool = False) -> ShardScores:
+                   entropy: bool = False, rest: bool = False, memory_CV: Tensor | None = None) -> ShardScores:
     """As ``reference.linear_logprob``. ValueError for float64."""
     _fits(hidden_TH)
     with torch.no_grad():
-        logits_TV = block_logits(hidden_TH, weight_VH, temperature)
+        logits_TV = block_logits(hidden_TH, weight_VH, temperature, memory_CV)
         scores = row_scores(logits_TV, ids_TK, entropy)
         if not rest:
             return scores
