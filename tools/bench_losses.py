@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import time
@@ -33,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from bench_record import machine, refuse_below  # noqa: E402
+from bench_record import machine, refuse_below, save_json  # noqa: E402
 from own_process import in_a_process  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -140,14 +139,17 @@ SIDES: dict[str, Callable[[Case, str, Head], Tensor]] = {
     "chunked": chunked, "materialised": materialised, "liger": liger}
 
 
-def run(side: str, loss: str, options: argparse.Namespace) -> Outcome:
-    """One side, in this process. The peak is the first run's, which is not timed: nothing is kept from before."""
+def run(side: str, loss: str, options: argparse.Namespace, uniform: bool = False) -> Outcome:
+    """One side, in this process. The peak is the first run's, which is not timed: nothing is kept from before.
+
+    ``uniform``: all tokens count alike.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     case = Case.random(options, device)
     head = Head(case.head_VH, 0, options.vocab, None, options.chunk_tokens,
                 resolve("auto", device, case.head_VH.dtype))
-    if side == "liger" or options.uniform:
+    if side == "liger" or uniform:
         case.weight_T.fill_(1 / options.tokens)
 
     def once() -> float:
@@ -202,8 +204,7 @@ def measure(loss: str, options: argparse.Namespace) -> dict:
         row |= {f"{side}_s": outcome.seconds, f"{side}_peak_bytes": outcome.peak_bytes}
         print(f"  {loss:<9}{side:<14}{outcome.seconds:9.3f} s{outcome.peak_bytes / 1e9:9.3f} GB", flush=True)
     if "liger" in outcomes:  # weighs all tokens alike
-        uniform = argparse.Namespace(**vars(options) | {"uniform": True})
-        outcomes["uniform"] = in_a_process(run, "chunked", loss, uniform)
+        outcomes["uniform"] = in_a_process(run, "chunked", loss, options, True)
     pairs = [(ours, theirs) for ours, theirs in (("chunked", "materialised"), ("uniform", "liger"))
              if theirs in outcomes]
     for ours, theirs in pairs:
@@ -264,7 +265,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="write the first loss's numbers there, and all of them as rows")
     options = parser.parse_args(arguments)
     refuse_below(parser, options, tokens=1, hidden=1, vocab=TOPK + 1, chunk_tokens=0, threads=0, repeats=1)
-    options.uniform = False
     return options
 
 
@@ -276,15 +276,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where["liger_kernel"] = version("liger_kernel")
     print(f"{where['device']}: {where['cpu']}, load {where['load']}, torch {where['torch']}; {options.tokens} tokens "
           f"of {options.hidden}, vocabulary {options.vocab}, {options.dtype}", flush=True)
+    rows: list[dict] = []
     try:
-        rows = [measure(loss, options) for loss in options.loss]
+        for loss in options.loss:
+            rows.append(measure(loss, options))
+            save_json(options.json, rows[0] | {"rows": rows}, where, options)
     except (ArithmeticError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ArithmeticError) else 2
-    if options.json:
-        given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "uniform"}
-        options.json.write_text(json.dumps(rows[0] | {"rows": rows, "machine": where, "arguments": given},
-                                           indent=1) + "\n")
     return 0
 
 
