@@ -282,6 +282,11 @@ def test_an_interrupted_conversion_leaves_nothing(tool, runs, tmp_path, monkeypa
         return real(tensor)
 
     monkeypatch.setattr(weight_stream, "as_bytes", interrupted)
-    assert _call(tool, "merge", "--run", runs["sequence"], "--out", tmp_path / "merged") == 130
+    # A shell's background job starts with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert _call(tool, "merge", "--run", runs["sequence"], "--out", tmp_path / "merged") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "interrupted; nothing was left half-written" in capsys.readouterr().err
     assert len(calls) == 30 and list(tmp_path.iterdir()) == []
