@@ -12,8 +12,8 @@ from copd_megatron.config.run import RunConfig
 def recipe() -> RunConfig:
     """CoPD with adding as the hub; bfloat16.
 
-    Few sampled sums are right at first, and with exactness alone most groups of 8 have nothing to tell apart: on one
-    seed of two the adding expert stayed at 15 %. Closeness ranks wrong sums.
+    Few sampled sums are right at first: with exactness alone most groups of 8 have nothing to tell apart. Closeness
+    ranks wrong sums.
     """
     return RunConfig(
         model={"path": "../backbones/smollm2-135m-instruct", "dtype": "bfloat16",
