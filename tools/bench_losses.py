@@ -32,13 +32,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from bench_record import machine, refuse_below, save_json  # noqa: E402
+from bench_record import machine, peak_of, refuse_below, save_json  # noqa: E402
 from own_process import in_a_process  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import copd_megatron.platform  # noqa: E402,F401  (before any of Megatron)
 from copd_kernels.backend import resolve  # noqa: E402
-from copd_megatron.checkpoint.peak_memory import PeakMemory  # noqa: E402
 from copd_megatron.losses.topk_kl import log_tail, topk_divergence  # noqa: E402
 from copd_megatron.model.backbone import DTYPES  # noqa: E402
 from copd_megatron.model.full_divergence import full_divergence  # noqa: E402
@@ -160,7 +159,7 @@ def run(side: str, loss: str, options: argparse.Namespace, uniform: bool = False
         return total.item()  # waits for the device
 
     warm_up(side, loss, options, device)
-    value, peak_bytes = peak_of(once, device)
+    value, peak_bytes = peak_of(once)
     seconds = []
     for _ in range(options.repeats):
         start = time.perf_counter()
@@ -175,18 +174,6 @@ def warm_up(side: str, loss: str, options: argparse.Namespace, device: torch.dev
     kernels = resolve("auto", device, few.head_VH.dtype)
     value = SIDES[side](few, loss, Head(few.head_VH, 0, TOPK * 4, None, kernels=kernels))
     value.sum().backward()
-
-
-def peak_of(work: Callable[[], float], device: torch.device) -> tuple[float, int]:
-    """What the work returned, and the most bytes it held beyond what was there before."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        value = work()
-        return value, torch.cuda.max_memory_allocated() - before
-    with PeakMemory() as peak:
-        value = work()
-    return value, peak.peak_bytes
 
 
 def measure(loss: str, options: argparse.Namespace) -> dict:

@@ -1,4 +1,4 @@
-"""What benchmarks share: a check of their arguments, the machine they ran on, and the file they write."""
+"""What benchmarks share: a check of their arguments, clock and memory, the machine, and the file they write."""
 from __future__ import annotations
 
 import argparse
@@ -6,10 +6,15 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+from copd_megatron.checkpoint.peak_memory import PeakMemory
+
+Result = TypeVar("Result")
 
 
 def refuse_below(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: int) -> None:
@@ -30,6 +35,26 @@ def machine() -> dict[str, Any]:
             "cpu": names[0] if names else platform.processor(), "cores": os.cpu_count(),
             "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "torch": torch.__version__,
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def now() -> float:
+    """Seconds on a clock, once the device has done all it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_of(work: Callable[[], Result]) -> tuple[Result, int]:
+    """What the work returned, and the most bytes it held beyond what was there before: the allocator's count on a GPU,
+    resident pages on a CPU (Linux)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        value = work()
+        return value, torch.cuda.max_memory_allocated() - before
+    with PeakMemory() as peak:
+        value = work()
+    return value, peak.peak_bytes
 
 
 def save_json(file: Path | None, content: dict[str, Any], where: dict, options: argparse.Namespace) -> None:

@@ -38,19 +38,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_backbone import (
+    add_hardware_option,
     add_shape_options,
     describe,
+    model_of,
+    peaks,
     random_backbone,
     random_prompt,
     refuse_impossible_shapes,
     spec_of,
 )
-from bench_record import machine, refuse_below, save_json
+from bench_record import machine, now, refuse_below, save_json
 
 import copd_megatron.platform  # noqa: F401  (before any of Megatron)
 from copd_megatron.config.model import AdapterConfig
 from copd_megatron.config.rollout import RolloutConfig
-from copd_megatron.launch import calibrate
 from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup
 from copd_megatron.parallel.groups import Groups
@@ -59,7 +61,7 @@ from copd_megatron.parallel.placement import Placement
 from copd_megatron.rollout.engine import Request, SamplingParams
 from copd_megatron.rollout.megatron_engine import MegatronEngine
 from copd_megatron.simulate.flops import group_streams, pass_flops
-from copd_megatron.simulate.hardware import Hardware, load_hardware
+from copd_megatron.simulate.hardware import Hardware
 from copd_megatron.simulate.memory import backbone_bytes
 from copd_megatron.types import Completion, Prompt, UserError
 
@@ -67,8 +69,6 @@ SCOPES = ("completion", "sequence")
 WAYS = {"completion": ("per_expert", "shared", "store_new", "store_seen"), "sequence": ("per_expert", "shared")}
 TOLERANCE = {"float32": 1e-3, "float64": 1e-9, "bfloat16": 0.15}
 """Largest difference of log-probs."""
-CALIBRATE_S = 0.5
-"""Seconds of each measurement of the machine's peaks."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Rollout:
         self.adapter, self.groups, self.hardware, self.options = adapter, groups, hardware, options
         self.spec = spec_of(options)
         self.experts = [f"expert{n}" for n in range(max(options.experts))]
-        self.backbone = random_backbone(self.spec, adapter, groups, options.dtype, self.experts)
+        self.backbone = random_backbone(self.spec, adapter, groups, model_of(options), self.experts)
         rng = np.random.default_rng(0)
         self.prompts = [random_prompt(rng, options.prefix, options.header, self.spec.vocab_size, f"prompt{n}")
                         for n in range(max(options.batch) // options.group)]
@@ -218,13 +218,6 @@ class Rollout:
         return prefill_s + max(memory_s, compute_s), "memory" if memory_s > compute_s else "compute"
 
 
-def now() -> float:
-    """Seconds on a clock, once the device has done all it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def compare(reference: Sequence[Completion], other: Sequence[Completion], tolerance: float) -> float:
     """Share of completions with the same tokens.
 
@@ -258,8 +251,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             ("threads", 0, "CPU threads; 0: all cores"), ("repeats", 3, "timed runs of each way")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
     add_shape_options(parser)
-    parser.add_argument("--hardware", metavar="NAME|FILE", help="peaks of the ideal: h100, h200, a100, cpu, or what "
-                        "copd calibrate wrote (measured here)")
+    add_hardware_option(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, as they come")
     options = parser.parse_args(arguments)
     refuse_below(parser, options, experts=1, batch=1, prefix=1, completion=1, group=1, header=1, threads=0, repeats=1)
@@ -272,15 +264,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.json is not None and options.json.is_dir():
         parser.error(f"--json: {options.json} is a folder; a file to write")
     return options
-
-
-def peaks(options: argparse.Namespace) -> Hardware:
-    """What `--hardware` names or this machine reaches; UserError if its FLOP/s in the dtype are unknown."""
-    if options.hardware is None:
-        print("measuring the machine ...", file=sys.stderr, flush=True)
-    hardware = load_hardware(options.hardware) if options.hardware else calibrate.measure(CALIBRATE_S)
-    hardware.flops(options.dtype)
-    return hardware
 
 
 def rows_of(options: argparse.Namespace, groups: Groups, hardware: Hardware) -> Iterator[list[dict]]:

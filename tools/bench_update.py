@@ -20,36 +20,27 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bench_backbone import (
-    add_shape_options,
-    describe,
-    random_backbone,
-    random_prompt,
-    refuse_impossible_shapes,
-    spec_of,
-)
-from bench_record import machine, refuse_below, save_json
+from bench_backbone import add_recompute_option, add_shape_options, describe, model_of, spec_of
+from bench_group import Group, Lane, add_group_options, refuse_impossible_groups, shape_of
+from bench_record import machine, now, refuse_below, save_json
 
 import copd_megatron.platform  # noqa: F401  (before any of Megatron)
-from copd_megatron.config.model import AdapterConfig
-from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack
+from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.spec import BackboneSpec
-from copd_megatron.model.vocab_parallel import score, shard_logits
+from copd_megatron.model.vocab_parallel import Head, shard_logits
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
-from copd_megatron.platform import device
-from copd_megatron.simulate.flops import WAYS, UpdateShape, Way, update_flops
+from copd_megatron.simulate.flops import WAYS, UpdateShape, Way, pass_streams, recomputed_flops, update_flops
 from copd_megatron.types import UserError
 
 SWEEP_LENGTHS = ((16384, 1024), (4096, 1024), (1024, 256), (1024, 1024), (1024, 4096), (1024, 8192))
@@ -59,35 +50,22 @@ TOLERANCE = {"float32": 1e-3, "float64": 1e-9, "bfloat16": 0.15}
 
 
 @dataclass(frozen=True)
-class Lane:
-    """One completion under one expert."""
-
-    expert: str
-    token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a way computed, in the order of experts and completions."""
 
-    logits: torch.Tensor
-    """[N x G x R, V] of the scoring passes."""
+    hidden: torch.Tensor
+    """[N x G x R, H] of the scoring passes, which the head takes to logits."""
     gradients: dict[str, torch.Tensor]
     """Of the updated expert's adapters."""
 
 
-class Update:
+class Update(Group):
     """One update of a random backbone, ready to be run any way."""
 
-    def __init__(self, spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, groups: Groups, dtype: str,
-                 max_tokens: int):
-        self.shape, self.adapter, self.max_tokens = shape, adapter, max_tokens
-        self.experts = [f"expert{n}" for n in range(shape.experts)]
-        self.backbone = random_backbone(spec, adapter, groups, dtype, self.experts)
-        rng = np.random.default_rng(0)
-        self.prompt = random_prompt(rng, shape.prefix, shape.header, spec.vocab_size)
-        self.completions = [tuple(ids) for ids in rng.integers(0, spec.vocab_size, (shape.group, shape.completion))]
-        self.weights = torch.from_numpy(rng.normal(size=shape.group * shape.completion)).float().to(device())
+    def __init__(self, spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, groups: Groups,
+                 model: ModelConfig, max_tokens: int):
+        super().__init__(spec, shape, adapter, groups, model)
+        self.max_tokens = max_tokens
 
     def run(self, way: Way) -> list[torch.Tensor]:
         """Do it once; gradients are left in the adapters. Returns the hidden states of the scoring passes."""
@@ -95,59 +73,46 @@ class Update:
         scored = []
         for lanes in self._passes(way, scoring=True):
             with torch.no_grad():
-                hidden, _ = self._evaluate(way, lanes)
+                hidden, _ = self.evaluate(lanes, way != "naive")
             scored.append(hidden)
         start = 0
         for lanes in self._passes(way, scoring=False):
-            _, logprobs = self._evaluate(way, lanes)
+            logprobs = self.evaluate(lanes, way != "naive")[1].logprobs_T
             (self.weights[start:start + len(logprobs)] * logprobs).sum().backward()
             start += len(logprobs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         return scored
 
     def outcome(self, way: Way) -> Outcome:
         """Run once and keep what the ways must agree on."""
         hidden = torch.cat(self.run(way))
-        with torch.no_grad():
-            logits = shard_logits(hidden, self.backbone.head)
-        updated = self.backbone.bank.parameters_of(self.experts[0])
-        return Outcome(logits, {name: p.grad.clone() for name, p in updated.items()})
+        return Outcome(hidden, {name: gradient.clone() for name, gradient in self.gradients().items()})
 
     def _passes(self, way: Way, scoring: bool) -> Iterator[list[Lane]]:
         """Lanes that pass together. Only naive lanes, which share nothing, are split by ``max_tokens``."""
         experts = self.experts if scoring else self.experts[:1]
         together = [experts] if way == "shared" else [[e] for e in experts]
         for some in together:
-            lanes = [Lane(e, ids) for e in some for ids in self.completions]
+            lanes = self.lanes(some)
             longest = self.shape.prefix + self.shape.completion - 1
             size = max(1, self.max_tokens // longest) if way == "naive" else len(lanes)
             yield from (lanes[i:i + size] for i in range(0, len(lanes), size))
 
-    def _evaluate(self, way: Way, lanes: Sequence[Lane]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states and log-probs of the completions' tokens, [lanes x R, H] and [lanes x R]."""
-        rules = replace(self.backbone.rules, sharing=way != "naive")
-        group = LeafGroup(self.prompt, [Leaf(lane.expert, lane.token_ids) for lane in lanes])
-        pack = build_pack([group], rules, device())
-        hidden = self.backbone(pack)
-        return hidden, score(hidden, self.backbone.head, pack.target_ids).logprobs_T
 
-
-def measure(spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, groups: Groups, dtype: str,
+def measure(spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, groups: Groups, model: ModelConfig,
             max_tokens: int, repeats: int) -> dict:
     """One row: differences, times, ratios and the prediction. Raises ArithmeticError if the ways disagree."""
-    update = Update(spec, shape, adapter, groups, dtype, max_tokens)
+    update = Update(spec, shape, adapter, groups, model, max_tokens)
     row = {**asdict(shape), "scope": adapter.scope, "first_layer": adapter.first_layer}
-    row |= compare(update, TOLERANCE[dtype])
+    row |= compare(update, TOLERANCE[model.dtype])
     wall: dict[str, list[float]] = {way: [] for way in WAYS}
     busy: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(repeats):
         for way in WAYS:
-            start, used = time.perf_counter(), time.process_time()
+            start, used = now(), time.process_time()
             update.run(way)
-            wall[way].append(time.perf_counter() - start)
+            wall[way].append(now() - start)
             busy[way].append(time.process_time() - used)
-    flops = {way: update_flops(way, shape, spec, adapter).total for way in WAYS}
+    flops = {way: flops_of(way, shape, spec, adapter, model) for way in WAYS}
     for way in WAYS:
         row |= {f"{way}_s": statistics.median(wall[way]), f"{way}_cpu_s": statistics.median(busy[way]),
                 f"{way}_flops": flops[way]}
@@ -160,15 +125,21 @@ def measure(spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, grou
     return row
 
 
+def flops_of(way: Way, shape: UpdateShape, spec: BackboneSpec, adapter: AdapterConfig, model: ModelConfig) -> float:
+    """Of the update and of what its backward computes again."""
+    again = recomputed_flops(spec, adapter, pass_streams(shape, adapter, 1, way != "naive"), model.recompute)
+    return (update_flops(way, shape, spec, adapter) + again).total
+
+
 def compare(update: Update, tolerance: float) -> dict[str, float]:
     """Largest absolute differences from naive, which also warms everything up."""
     naive = update.outcome("naive")
-    largest = {"logit": naive.logits.abs().max().item(),
-               "grad": max(g.abs().max().item() for g in naive.gradients.values())}
+    largest = {"logit": 0.0, "grad": max(g.abs().max().item() for g in naive.gradients.values())}
     differ = {"logit": 0.0, "grad": 0.0}
     for way in WAYS[1:]:
         other = update.outcome(way)
-        differ["logit"] = max(differ["logit"], (naive.logits - other.logits).abs().max().item())
+        largest["logit"], apart = compare_logits(naive.hidden, other.hidden, update.backbone.own_head)
+        differ["logit"] = max(differ["logit"], apart)
         differ["grad"] = max(differ["grad"], *((g - other.gradients[name]).abs().max().item()
                                                for name, g in naive.gradients.items()))
     for what, value in differ.items():
@@ -178,27 +149,32 @@ def compare(update: Update, tolerance: float) -> dict[str, float]:
         f"max_{what}": value for what, value in largest.items()}
 
 
+def compare_logits(naive: torch.Tensor, other: torch.Tensor, head: Head) -> tuple[float, float]:
+    """The largest logit and the largest difference; logits exist for a chunk of rows at a time."""
+    largest, apart = torch.zeros((2,), dtype=torch.float64, device=naive.device)
+    for rows in head.chunks(naive):
+        logits = shard_logits(naive[rows], head)
+        largest = torch.maximum(largest, logits.abs().max())
+        apart = torch.maximum(apart, (logits - shard_logits(other[rows], head)).abs().max())
+    return largest.item(), apart.item()
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line; defaults are sized for two CPU cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default, text in (
-            ("prefix", 256, "tokens of the prompt"), ("completion", 32, "tokens of each completion"),
-            ("group", 8, "completions of the prompt"), ("experts", 3, "experts that score"),
-            ("header", 3, "prompt tokens that scope completion adapts"),
-            ("threads", 0, "CPU threads; 0: all cores"), ("repeats", 3, "timed runs of each way"),
-            ("max-tokens", 4096, "tokens of one naive pass"), ("scale", 16, "divides the lengths of --sweep")):
+    add_group_options(parser)
+    for name, default, text in (("max-tokens", 4096, "tokens of one naive pass"),
+                                ("scale", 16, "divides the lengths of --sweep")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
     add_shape_options(parser)
+    add_recompute_option(parser)
     parser.add_argument("--scope", choices=("sequence", "completion"), default="sequence")
     parser.add_argument("--sweep", action="store_true",
                         help="the map from 16k/1k to 1k/8k, both scopes, first layer 0 and half depth")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     options = parser.parse_args(arguments)
-    refuse_below(parser, options, prefix=1, completion=1, group=1, experts=1, header=1, repeats=1, max_tokens=1,
-                 scale=1, threads=0)
-    refuse_impossible_shapes(parser, options)
-    if options.header > options.prefix:
-        parser.error(f"--header: {options.header}; at most the prefix's {options.prefix}")
+    refuse_below(parser, options, max_tokens=1, scale=1)
+    refuse_impossible_groups(parser, options)
     return options
 
 
@@ -207,7 +183,7 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[UpdateShape, AdapterCon
     rest = {"group": options.group, "experts": options.experts, "header": options.header}
     adapters = {"rank": options.rank, "alpha": float(options.rank)}
     if not options.sweep:
-        yield (UpdateShape(options.prefix, options.completion, **rest),
+        yield (shape_of(options),
                AdapterConfig(scope=options.scope, first_layer=options.first_layer, **adapters))
         return
     for prefix, completion in SWEEP_LENGTHS:
@@ -242,11 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(describe(spec, options.rank))
     if options.sweep:
         print(f"lengths are {', '.join(f'{p}/{r}' for p, r in SWEEP_LENGTHS)} divided by {options.scale}")
+    model = model_of(options, recompute=options.recompute)
     groups = Groups.create(Layout(), Placement.build(("expert0",), 1))
     rows = []
     try:
         for shape, adapter in cases(options):
-            rows.append(measure(spec, shape, adapter, groups, options.dtype, options.max_tokens, options.repeats))
+            rows.append(measure(spec, shape, adapter, groups, model, options.max_tokens, options.repeats))
             show(rows[-1])
     except (ArithmeticError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)

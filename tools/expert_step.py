@@ -17,6 +17,7 @@ import torch.distributed as dist
 from bench_backbone import random_backbone
 from torch.utils.flop_counter import FlopCounterMode
 
+from copd_megatron.config.model import ModelConfig
 from copd_megatron.config.trainer import OptimizerConfig
 from copd_megatron.exchange.gather import gathered_teachers
 from copd_megatron.exchange.wire import Wire
@@ -63,7 +64,8 @@ def run_jobs(jobs: Sequence[Job]) -> list[dict[str, float]]:
     """Measurements of each job's step on one replica per rank of the default group, summed over all ranks."""
     layout = Layout(replicas=dist.get_world_size())
     groups = Groups.create(layout, jobs[0].place(layout.replicas))
-    backbone = random_backbone(jobs[0].spec, jobs[0].adapter, groups, "float32", groups.hosted)
+    backbone = random_backbone(jobs[0].spec, jobs[0].adapter, groups,
+                               ModelConfig(path="-", dtype="float32"), groups.hosted)
     return [_over_ranks(_measure(job, groups, Runner(backbone, groups, lambda prompts: None))) for job in jobs]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_losses import peak_of
+from bench_record import peak_of
 from transformers import AutoTokenizer
 
 from copd_megatron.checkpoint.adapter import Adapter
@@ -19,7 +19,6 @@ from copd_megatron.config.model import AdapterConfig
 from copd_megatron.model.adapter_bank import MODULE_OF, factor_shape
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.translate import TEXT_PREFIX
-from copd_megatron.platform import device
 from copd_megatron.types import UserError
 
 STUDENT, TEACHER = "student", "teacher"
@@ -102,6 +101,6 @@ def timed(name: str, update: Callable[[], None], gradients: Callable[[], dict[st
         return seconds
 
     once(1)
-    _, peak_bytes = peak_of(lambda: once(2), device())
+    _, peak_bytes = peak_of(lambda: once(2))
     kept = {name: gradient.float().cpu().numpy().copy() for name, gradient in gradients().items()}
     return Outcome(kept, statistics.median(once(3 + n) for n in range(repeats)), peak_bytes)

@@ -97,7 +97,7 @@ def test_answers_may_part_between_equal_tokens_only(bench, one_rank):
 
 
 def test_a_machine_is_measured_and_wrong_answers_end_the_program(bench, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench, "CALIBRATE_S", 0.01)
+    monkeypatch.setattr(sys.modules["bench_backbone"], "CALIBRATE_S", 0.01)
     monkeypatch.setattr(bench, "TOLERANCE", {"float32": -1.0})
     file = tmp_path / "rollout.json"
     assert bench.main([*SMALL, "--batch", "2", "--json", str(file)]) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from copd_megatron.config.model import AdapterConfig
+from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
 from copd_megatron.simulate.flops import WAYS, UpdateShape, update_flops
 
@@ -61,9 +61,10 @@ def test_sweep_covers_the_map(bench, tmp_path, capsys):
 
 def test_splitting_naive_passes_changes_nothing(bench, one_rank):
     groups = one_rank()
-    whole, split = (bench.Update(SPEC, SHAPE, AdapterConfig(rank=3), groups, "float64", tokens).outcome("naive")
+    whole, split = (bench.Update(SPEC, SHAPE, AdapterConfig(rank=3), groups, ModelConfig(path="-", dtype="float64"),
+                                   tokens).outcome("naive")
                     for tokens in (10_000, 1))
-    torch.testing.assert_close(split.logits, whole.logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(split.hidden, whole.hidden, rtol=0, atol=1e-12)
     for name, gradient in whole.gradients.items():
         torch.testing.assert_close(split.gradients[name], gradient, rtol=0, atol=1e-10)
 
@@ -76,9 +77,10 @@ def test_a_way_that_computes_something_else_is_an_error(bench, one_rank, part):
             if way != "shared":
                 return right
             off = {name: g * 1.01 for name, g in right.gradients.items()}
-            return replace(right, logits=right.logits * 1.01) if part == "logits" else replace(right, gradients=off)
+            return replace(right, hidden=right.hidden * 1.01) if part == "logits" else replace(right, gradients=off)
 
-    update = Wrong(SPEC, SHAPE, AdapterConfig(rank=3), one_rank(), "float32", 100)
+    update = Wrong(SPEC, SHAPE, AdapterConfig(rank=3), one_rank(),
+                   ModelConfig(path="-", dtype="float32"), 100)
     with pytest.raises(ArithmeticError, match=f"{part[:4]}.*differ by"):
         bench.compare(update, bench.TOLERANCE["float32"])
 
