@@ -97,7 +97,7 @@ def chunked(case: Case, loss: str, head: Head) -> Tensor:
         scores = score(case.student_TH, head, case.ids_T, entropy=True)
         return scores.logprobs_T + scores.entropy_T  # which has no gradient
     if loss != "topk":
-        return full_divergence(case.student_TH, case.teacher_TH, head, loss)
+        return full_divergence(case.student_TH, case.teacher_TH, head, loss).value_T
     with torch.no_grad():
         teacher = score(case.teacher_TH, head, case.ids_T, topk=TOPK)
     student = score(case.student_TH, head, case.ids_T, at_ids_TK=teacher.topk_ids_TK)

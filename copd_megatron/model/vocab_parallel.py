@@ -136,11 +136,7 @@ def score(hidden_TH: Tensor, head: Head, target_ids_T: Tensor, *, temperature: f
     if not 0 <= topk <= head.vocab_size:
         raise ValueError(f"topk: {topk}; between 0 and the vocabulary's {head.vocab_size}")
     ids_TJ = target_ids_T[:, None] if at_ids_TK is None else torch.cat([target_ids_T[:, None], at_ids_TK], 1)
-    if len(ids_TJ) != len(hidden_TH):
-        raise ValueError(f"target_ids_T: {len(ids_TJ)} ids for {len(hidden_TH)} hidden states; one each")
-    # Without waiting for the device: on CUDA it stops the process at its next synchronisation.
-    torch._assert_async(((ids_TJ >= 0) & (ids_TJ < head.vocab_size)).all(),
-                        f"target_ids_T, at_ids_TK: an id outside 0 to {head.vocab_size - 1}")
+    check_ids(ids_TJ, hidden_TH, head)
     differentiable = torch.is_grad_enabled() and hidden_TH.requires_grad
     logprobs_TJ, entropy_T, topk_ids_TK, topk_logprobs_TK = everybodys(_Score.apply(
         own_tokens(hidden_TH, head), head, own_tokens(ids_TJ, head), temperature, entropy, topk,
@@ -181,6 +177,14 @@ def check_hidden(hidden_TH: Tensor, head: Head, temperature: float) -> None:
         raise ValueError(f"hidden_TH: {tuple(hidden_TH.shape)}; [T, {head.weight.shape[1]}]")
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature}; above 0 (greedy decoding takes the top-1 instead)")
+
+
+def check_ids(ids_TJ: Tensor, hidden_TH: Tensor, head: Head) -> None:
+    if len(ids_TJ) != len(hidden_TH):
+        raise ValueError(f"target_ids_T: {len(ids_TJ)} ids for {len(hidden_TH)} hidden states; one each")
+    # Without waiting for the device: on CUDA it stops the process at its next synchronisation.
+    torch._assert_async(((ids_TJ >= 0) & (ids_TJ < head.vocab_size)).all(),
+                        f"target_ids_T, at_ids_TK: an id outside 0 to {head.vocab_size - 1}")
 
 
 class _Score(torch.autograd.Function):

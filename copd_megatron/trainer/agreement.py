@@ -80,7 +80,7 @@ def _pair_sums(runner: Runner, hidden: Tensor, pack: Pack, batch: Microbatch, k:
             continue
         mine = index[own, own]
         common = topk_overlap(scores.topk_ids_TK[mine], scores.topk_ids_TK[other])
-        kl = full_divergence(hidden[mine], hidden[other], head, "reverse", temperature=temperature)
+        kl = full_divergence(hidden[mine], hidden[other], head, "reverse", temperature=temperature).value_T
         count = float(len(mine))
         add_sums(sums, {pair_name(own, policy, "overlap"): (common.double().sum(), count),
                         pair_name(own, policy, "symmetric_kl"): (kl.double().sum(), count)})

@@ -10,7 +10,7 @@ reused, ``sampled``   as cross, x min(pi_student / pi_sampler, importance_cap) o
 (Gu et al. 2026, arXiv:2604.27083). loss = sum over tokens of weight x loss, see ``losses.reduction``: native
 and cross samples of an expert are reduced together, as one batch.
 
-Shape suffixes: N completion tokens of the microbatch, H hidden, K top-k ids.
+Shape suffixes: N completion tokens of the microbatch, H hidden.
 """
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ from copd_megatron.losses.advantages import distillation_advantages
 from copd_megatron.losses.importance import importance_weights, mismatch
 from copd_megatron.losses.kl import kl_estimate
 from copd_megatron.losses.policy_gradient import surrogate
-from copd_megatron.losses.topk_kl import topk_divergence
 from copd_megatron.metrics.names import edge_name
 from copd_megatron.model.backbone import Backbone
-from copd_megatron.model.full_divergence import full_divergence
 from copd_megatron.model.shared_prefix import Pack
-from copd_megatron.model.vocab_parallel import TokenScores, score
 from copd_megatron.trainer.batching import Microbatch
+from copd_megatron.trainer.policy_scores import PolicyScorer
 from copd_megatron.trainer.rows import Rows
 from copd_megatron.trainer.step_metrics import Sums
 from copd_megatron.types import Edge, UserError
@@ -66,26 +64,21 @@ class Objective:
     def __init__(self, backbone: Backbone, rlvr: RlvrConfig, opd: OpdConfig, temperature: float,
                  loss_function: LossFunction | None = None):
         """``loss_function`` stands in for ``rlvr.loss``, see ``RlvrConfig.loss_function``."""
-        self.backbone, self.rlvr, self.opd, self.temperature = backbone, rlvr, opd, temperature
-        self.loss_function = loss_function
+        self.rlvr, self.opd, self.loss_function = rlvr, opd, loss_function
+        self.scores = PolicyScorer(backbone, opd, temperature, entropy_gradient=rlvr.entropy_coef != 0)
 
     def __call__(self, hidden_NH: Tensor, pack: Pack, batch: Microbatch) -> tuple[Tensor, Sums]:
         """Nothing here waits for the device: sums stay tensors until the end of the step."""
         rows = Rows.of(batch, hidden_NH)
-        # A divergence over the vocabulary reads the hidden states themselves.
-        undriven = all(s.signal is not None and s.signal.kind == "full" for s in rows.samples)
-        scores = score(hidden_NH.detach() if undriven else hidden_NH, self.backbone.head, pack.target_ids,
-                       temperature=self.temperature, entropy=True, entropy_gradient=self.rlvr.entropy_coef != 0,
-                       at_ids_TK=_teacher_ids(rows))
-        tokens = self._tokens(rows, scores.logprobs_T)
+        scores = self.scores(rows, hidden_NH, pack.target_ids)
+        tokens = self._tokens(rows, scores.logprobs_N)
         losses, columns, weights = self._policy_gradient(rows, tokens)
         distance = kl_estimate(tokens.policy, tokens.old + tokens.delta, "k3").detach()
-        dense = self._divergence(rows, hidden_NH, scores.at_logprobs_TK)
-        if dense is not None:
-            is_dense = rows.marked([s.signal is not None and s.signal.kind != "sampled" for s in rows.samples])
-            losses = torch.where(is_dense, tokens.beta * dense, losses)
-            distance = torch.where(is_dense, dense, distance)
-        losses, regulariser = self._regularise(rows, tokens, losses, scores)
+        if any(dense := [s.signal is not None and s.signal.kind != "sampled" for s in rows.samples]):
+            is_dense = rows.marked(dense)
+            losses = torch.where(is_dense, tokens.beta * scores.divergence_N, losses)
+            distance = torch.where(is_dense, scores.divergence_N, distance)
+        losses, regulariser = self._regularise(rows, tokens, losses, scores.entropy_N)
         weighted = losses * rows.weights_N.masked_fill(tokens.dropped, 0)
         sums = self._expert_sums(rows, columns | regulariser, weighted)
         sums |= self._edge_sums(rows, tokens, distance, weights)
@@ -143,9 +136,9 @@ class Objective:
         return losses.masked_fill(~rows.mask_N, 0)
 
     def _regularise(self, rows: Rows, tokens: _Tokens, losses: Tensor,
-                    scores: TokenScores) -> tuple[Tensor, dict[str, Tensor]]:
+                    entropy_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Add the KL penalty and the entropy bonus to native tokens; columns to record."""
-        columns = {"entropy": scores.entropy_T, "kl_backbone": kl_estimate(tokens.policy, tokens.backbone, "k3")}
+        columns = {"entropy": entropy_N, "kl_backbone": kl_estimate(tokens.policy, tokens.backbone, "k3")}
         if self.rlvr.kl_coef:
             reference = tokens.backbone
             if self.rlvr.kl_reference != "backbone":
@@ -154,32 +147,8 @@ class Objective:
             losses = losses + self.rlvr.kl_coef * penalty * tokens.native
             columns["kl_penalty"] = penalty
         if self.rlvr.entropy_coef:
-            losses = losses - self.rlvr.entropy_coef * scores.entropy_T * tokens.native
+            losses = losses - self.rlvr.entropy_coef * entropy_N * tokens.native
         return losses, columns
-
-    def _divergence(self, rows: Rows, hidden_NH: Tensor, at_logprobs_NK: Tensor | None) -> Tensor | None:
-        """[N] divergence from the teacher for top-k and full signals, 0 on other tokens; None without any."""
-        kinds = [None if s.signal is None else "topk" if s.signal.topk_ids_TK is not None else s.signal.kind
-                 for s in rows.samples]
-        if not {"topk", "full"} & set(kinds):
-            return None
-        distance = torch.zeros_like(rows.weights_N)
-        for kind in ("topk", "full"):
-            chosen = [i for i, own in enumerate(kinds) if own == kind]
-            if not chosen:
-                continue
-            index = rows.indices(chosen)
-            signals = [rows.samples[i].signal for i in chosen]
-            if kind == "topk":
-                value = topk_divergence(at_logprobs_NK[index], torch.cat([s.topk_logprobs_TK for s in signals]),
-                                        torch.cat([s.log_tail_T for s in signals]), self.opd.divergence,
-                                        self.opd.jsd_weight, self.backbone.kernels)
-            else:
-                value = full_divergence(hidden_NH[index], torch.cat([s.hidden_TH for s in signals]),
-                                        self.backbone.head, self.opd.divergence, temperature=self.temperature,
-                                        jsd_weight=self.opd.jsd_weight)
-            distance = distance.index_add(0, index, value.to(distance.dtype))
-        return distance
 
     def _expert_sums(self, rows: Rows, columns: Mapping[str, Tensor], weighted: Tensor) -> Sums:
         """Means over each expert's native tokens, and its loss, which only adds up (weight 0)."""
@@ -232,13 +201,3 @@ def _tokens_per_group(rows: Rows, group_of: Sequence[int | None], groups: int) -
         if group is not None:
             counts[group] += float(sample.loss_mask.sum())
     return counts
-
-
-def _teacher_ids(rows: Rows) -> Tensor | None:
-    """[N, K] ids at which the student is scored; rows without a top-k signal repeat id 0, unused."""
-    signals = [s.signal if s.signal is not None and s.signal.topk_ids_TK is not None else None for s in rows.samples]
-    width = max((s.topk_ids_TK.shape[1] for s in signals if s is not None), default=0)
-    if not width:
-        return None
-    return torch.cat([rows.sample_N.new_zeros(length, width) if s is None else s.topk_ids_TK.long()
-                      for s, length in zip(signals, rows.lengths)])

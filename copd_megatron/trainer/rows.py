@@ -52,15 +52,16 @@ class Rows:
         return on_device(np.asarray(chosen, bool), self.sample_N.device)[self.sample_N]
 
     def joined(self, tensors: Sequence[Tensor | None], default_N: Tensor) -> Tensor:
-        """[N] per-sample tensors in a row; ``default_N``'s values for samples that have none."""
+        """[N] per-sample tensors in a row, in ``default_N``'s dtype; its values for samples that have none."""
         pieces = default_N.split(self.lengths)
         return torch.cat([own if given is None else given.to(own.dtype) for given, own in zip(tensors, pieces)])
 
-    def indices(self, samples: Sequence[int]) -> Tensor:
-        """int64 rows of the given samples (by index), in their order."""
-        starts = np.cumsum((0, *self.lengths))
-        parts = [np.arange(starts[i], starts[i + 1]) for i in samples]
-        return on_device(np.concatenate(parts), self.sample_N.device)
+    def of_samples(self, chosen: Sequence[int], rows_N: Tensor) -> Tensor:
+        """Rows of the given samples (by index), in their order; the same tensor where that is all of them."""
+        if list(chosen) == list(range(len(self.samples))):
+            return rows_N
+        pieces = rows_N.split(self.lengths)
+        return torch.cat([pieces[i] for i in chosen])
 
     def sums(self, columns: Mapping[str, Tensor], group_of: Sequence[int | None], groups: int) -> dict[str, Tensor]:
         """name -> [groups] sum of each column over the loss tokens of the samples in each group.

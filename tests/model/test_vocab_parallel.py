@@ -58,10 +58,11 @@ class Case:
 
     def divergence_and_gradient(self, head: Head, kind: str) -> Found:
         hidden, teacher = self.hidden.clone().requires_grad_(), self.teacher.clone().requires_grad_()
-        found = full_divergence(hidden, teacher, head, kind, temperature=0.7, jsd_weight=WEIGHT)
-        (found * self.pull[:, 0]).sum().backward()
-        assert teacher.grad is None
-        return {"values": found.detach(), "gradient": hidden.grad}
+        found = full_divergence(hidden, teacher, head, kind, temperature=0.7, jsd_weight=WEIGHT,
+                                target_ids_T=self.targets)
+        (found.value_T * self.pull[:, 0]).sum().backward()
+        assert teacher.grad is None and not found.logprobs_T.requires_grad
+        return {"values": found.value_T.detach(), "gradient": hidden.grad, "logprobs": found.logprobs_T}
 
 
 def dense_scores(case: Case, temperature: float = 0.7, topk: int = 5, entropy_gradient: bool = True) -> Found:
@@ -85,7 +86,8 @@ def dense_divergence(case: Case, kind: str) -> Found:
     values = {"reverse": (p * (p / q).log()).sum(1), "forward": (q * (q / p).log()).sum(1),
               "jsd": (WEIGHT * q * (q / m).log() + (1 - WEIGHT) * p * (p / m).log()).sum(1)}[kind]
     (values * case.pull[:, 0].double()).sum().backward()
-    return {"values": values.detach(), "gradient": hidden.grad}
+    return {"values": values.detach(), "gradient": hidden.grad,
+            "logprobs": p.detach().log().gather(1, case.targets[:, None])[:, 0]}
 
 
 def everything(case: Case, head: Head) -> list[Found]:
@@ -152,6 +154,7 @@ def test_each_output_alone_has_its_gradient(output):
 
 def test_what_is_not_asked_for_is_absent_and_the_topk_has_no_gradient():
     case = Case()
+    assert full_divergence(case.hidden, case.teacher, case.head()).logprobs_T is None
     plain = score(case.hidden, case.head(), case.targets)
     assert plain.entropy_T is plain.topk_ids_TK is plain.topk_logprobs_TK is plain.at_logprobs_TK is None
     full = score(case.hidden.requires_grad_(), case.head(), case.targets, topk=2, entropy=True)
@@ -172,9 +175,9 @@ def test_no_tokens():
     hidden = case.hidden[:0].clone().requires_grad_()
     found = score(hidden, case.head(), case.targets[:0], entropy=True, topk=3, at_ids_TK=case.ids[:0])
     assert found.topk_ids_TK.shape == (0, 3) and found.at_logprobs_TK.shape == (0, IDS)
-    divergence = full_divergence(hidden, hidden.detach(), case.head())
-    (found.logprobs_T.sum() + divergence.sum()).backward()
-    assert hidden.grad.shape == (0, HIDDEN)
+    divergence = full_divergence(hidden, hidden.detach(), case.head(), target_ids_T=case.targets[:0])
+    (found.logprobs_T.sum() + divergence.value_T.sum()).backward()
+    assert hidden.grad.shape == (0, HIDDEN) and divergence.logprobs_T.shape == (0,)
 
 
 def test_shard_logits_leave_the_padding_out():
@@ -293,7 +296,7 @@ def test_no_tensor_has_tokens_times_vocabulary_elements(what):
         hidden, head = torch.randn(tokens, 8, requires_grad=True), Head(weight, 0, vocab, None, chunk_tokens)
         with LargestTensor() as meter:
             if what == "full divergence":
-                loss = full_divergence(hidden, torch.randn(tokens, 8), head, "jsd").sum()
+                loss = full_divergence(hidden, torch.randn(tokens, 8), head, "jsd", target_ids_T=targets).value_T.sum()
             else:
                 topk = 4 if what == "score with top-k" else 0
                 found = score(hidden, head, targets, entropy=True, topk=topk)
@@ -333,10 +336,11 @@ def test_logits_are_made_once_and_no_gradient_is_taken_where_none_is_wanted():
 
         assert (products_of(logprobs, False), products_of(logprobs, True)) == (1, 2)
 
-    def divergence(hidden: torch.Tensor) -> torch.Tensor:
-        return full_divergence(hidden, case.teacher, case.head())
+    for targets in (None, case.targets):
+        def divergence(hidden: torch.Tensor, ids: torch.Tensor | None = targets) -> torch.Tensor:
+            return full_divergence(hidden, case.teacher, case.head(), target_ids_T=ids).value_T
 
-    assert (products_of(divergence, False), products_of(divergence, True)) == (2, 3)
+        assert (products_of(divergence, False), products_of(divergence, True)) == (2, 3)
     assert products_of(lambda hidden: score(hidden, case.head(), case.targets, entropy=True,
                                             entropy_gradient=True).entropy_T, True) == 3
 
@@ -364,6 +368,8 @@ def test_bad_divergences_and_heads():
     case = Case()
     with pytest.raises(ValueError, match="teacher_hidden_TH"):
         full_divergence(case.hidden, case.teacher[:2], case.head())
+    with pytest.raises(RuntimeError, match="an id outside 0 to 12"):
+        full_divergence(case.hidden, case.teacher, case.head(), target_ids_T=torch.full((TOKENS,), VOCAB))
     with pytest.raises(ValueError, match="reverse, forward or jsd"):
         full_divergence(case.hidden, case.teacher, case.head(), "kl")
     with pytest.raises(ValueError, match="jsd_weight"):
