@@ -49,13 +49,16 @@ item_1() { "$PYTHON" -m copd_megatron doctor && each_kernel rowwise_fp8; }
 item_2() { "$PYTHON" -m pytest -q -m gpu && "$PYTHON" -m pytest -q; }
 item_3() {
     local failed=0
-    tool bench_scoring.py "${QWEN3_4B[@]}" "${LENGTHS[@]}" --json "$OUT/scoring.json" || failed=1
+    for attention in flash triton; do
+        tool bench_scoring.py "${QWEN3_4B[@]}" "${LENGTHS[@]}" --attention "$attention" \
+            --json "$OUT/scoring_$attention.json" || failed=1
+    done
     for experts in 1 3; do
         tool bench_update.py "${QWEN3_4B[@]}" "${LENGTHS[@]}" --experts "$experts" --max-tokens 10240 --repeats 2 \
             --json "$OUT/update_4096_1024_$experts.json" || failed=1
     done
-    # Activations of 65,000 rows do not fit, so that each layer is computed again in the backward.
-    tool bench_update.py "${QWEN3_4B[@]}" --prefix 1024 --completion 8192 --group 8 --experts 3 --scope completion \
+    # Activations of 33,000 rows do not fit, so that each layer is computed again in the backward.
+    tool bench_update.py "${QWEN3_4B[@]}" --prefix 1024 --completion 8192 --group 4 --experts 3 --scope completion \
         --first-layer 18 --recompute full --max-tokens 10240 --repeats 1 \
         --json "$OUT/update_1024_8192_3.json" || failed=1
     return $failed

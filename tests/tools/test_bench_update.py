@@ -10,7 +10,14 @@ import torch
 
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
-from copd_megatron.simulate.flops import WAYS, UpdateShape, update_flops
+from copd_megatron.simulate.flops import (
+    WAYS,
+    UpdateShape,
+    pass_flops,
+    pass_streams,
+    recomputed_flops,
+    update_flops,
+)
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench_update.py"
 SMALL = ["--layers", "2", "--hidden", "32", "--heads", "2", "--kv-heads", "1", "--ffn", "48", "--vocab", "61",
@@ -46,6 +53,17 @@ def test_writes_times_ratios_and_differences(bench, tmp_path, capsys, scope, fir
     assert result["machine"]["torch"] == torch.__version__ and result["arguments"]["scope"] == scope
     printed = capsys.readouterr().out
     assert f"scope {scope}, first layer {first_layer}" in printed and "predicted" in printed
+
+
+def test_what_the_backward_computes_again_is_counted(bench, tmp_path):
+    file = tmp_path / "result.json"
+    assert bench.main([*SMALL, "--prefix", "12", "--completion", "4", "--group", "3", "--experts", "2", "--recompute",
+                       "full", "--json", str(file)]) == 0
+    result, adapter = json.loads(file.read_text()), AdapterConfig(rank=3)
+    lanes = pass_streams(SHAPE, adapter, 1, sharing=True)
+    again = recomputed_flops(SPEC, adapter, lanes, "full").total
+    assert result["shared_flops"] == update_flops("shared", SHAPE, SPEC, adapter).total + again
+    assert again == pass_flops(SPEC, adapter, lanes, backward=False).total - 2 * 32 * 61 * 3 * 4  # all but the head
 
 
 def test_sweep_covers_the_map(bench, tmp_path, capsys):
