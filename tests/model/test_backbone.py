@@ -10,7 +10,7 @@ from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.types import UserError
-from support.live_bytes import storage_bytes
+from support.live_bytes import saved_by_autograd, storage_bytes
 from support.random_backbone import SPEC, make_backbone, make_prompt, make_visual, one_rank_groups
 from support.ranks import run_ranks
 
@@ -88,6 +88,30 @@ def test_a_capture_keeps_keys_and_values_and_nothing_else_alive(groups):
     assert sorted(capture) == [1, 2, 3]
     held = [tensor for pair in capture.values() for tensor in pair]
     assert storage_bytes(held) == 3 * 2 * pack.upper.tokens * SPEC.num_kv_heads * SPEC.head_dim * 8
+
+
+@pytest.mark.parametrize("first_layer", [0, 1])
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_prefixes_are_differentiated_in_scope_sequence_only(groups, scope, first_layer):
+    """In scope completion layers evaluate them apart and without a graph, and autograd keeps none of their rows.
+
+    What the leaves' attention reads of them it keeps with heads first.
+    """
+    backbone = make_backbone(groups, scope=scope, first_layer=first_layer, attention="reference")
+    lanes = [LeafGroup(make_prompt(1, 103), [Leaf("a", [11, 12]), Leaf("b", [13])])]
+    pack, calls = build_pack(lanes, backbone.rules, CPU), []
+    for layer in backbone.layers:
+        layer.register_forward_hook(lambda module, given, out: calls.append((len(out[0]), out[0].grad_fn is not None)))
+    with saved_by_autograd(backbone.parameters()) as saved:
+        hidden = backbone(pack, make_visual([]))
+    assert hidden.requires_grad
+    leaves = 4 + 3 if scope == "completion" else 2 + 1
+    trunk = 103 - (3 if scope == "completion" else 1)
+    below = [(trunk + leaves, False)]
+    above = [(trunk, False), (leaves, True)] if scope == "completion" else [(2 * trunk + leaves, True)]
+    assert calls == below * first_layer + above * (SPEC.num_layers - first_layer)
+    rows = {shape[0] for _, shape in saved.values() if shape}
+    assert (max(rows) >= trunk) == (scope == "sequence")
 
 
 @pytest.mark.parametrize("attention, recompute", [("flash", "none"), ("reference", "full"), ("flash", "selective")])

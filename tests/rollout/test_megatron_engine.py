@@ -13,6 +13,7 @@ from copd_megatron.rollout.engine import Request, SamplingParams  # noqa: E402
 from copd_megatron.types import UserError  # noqa: E402
 from rollout.engine_contract import EngineContract, tokens  # noqa: E402
 from rollout.megatron_harness import (  # noqa: E402
+    LENGTHS,
     PARAMS,
     MegatronHarness,
     assert_same,
@@ -113,6 +114,24 @@ def test_a_group_larger_than_a_wave_is_prefilled_once(groups):
     assert_same(outcome_of(whole.generate([request])), outcome_of(cut.generate([request])))
     assert whole.counters == cut.counters
     assert cut.counters.prompt_tokens_computed == 29 + 10
+
+
+@pytest.mark.parametrize("policies", [("a",), ("a", "b"), (None, "b", "c", "a")])
+def test_all_policies_answer_in_one_decode_batch(groups, policies):
+    """One forward of the backbone per decode step, with the lanes of every policy and prompt."""
+    harness, rows = MegatronHarness(groups, scope="completion", experts=("a", "b", "c")), []
+    step = harness.backbone.forward_step
+
+    def counted(token_ids, *others):
+        rows.append(len(token_ids))
+        return step(token_ids, *others)
+
+    harness.backbone.forward_step = counted
+    params = SamplingParams(max_tokens=5, stop_token_ids=())
+    harness.engine().generate([Request(make_prompt(number, LENGTHS[number]), policy, 3, params, (2,))
+                               for policy in policies for number in LENGTHS])
+    lanes = len(policies) * len(LENGTHS) * 3
+    assert rows == [3 * lanes, *[lanes] * 4], "first the header's 3 tokens, then one token a step"
 
 
 def test_one_prompt_asked_for_twice_is_prefilled_once(groups):

@@ -11,11 +11,11 @@ TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 EDGES = [{"teacher": "text", "student": "image", "signal": "topk"}, ["image", "text"]]
 
 
-def config_of(kernels: str, **parallel):
+def config_of(kernels: str, attention: str = "auto", **parallel):
     """One OPD step of two experts; not every projection has an adapter."""
     return toy_config("qwen3", ("text", "image"), parallel=parallel,
                       model={"path": str(tiny_model("qwen3", num_hidden_layers=1)), "dtype": "float32",
-                             "kernels": kernels},
+                             "kernels": kernels, "attention": attention},
                       adapter={"rank": 3, "alpha": 6.0, "targets": TARGETS},
                       exchange={"topology": EDGES}, opd={"topk": 4},
                       rollout={"prompts_per_step": 1, "group_size": 2, "max_completion_tokens": 3},
@@ -27,10 +27,10 @@ def truth(tmp_path_factory):
     return run_ranks(1, one_step, config_of("reference"), tmp_path_factory.mktemp("reference"), 1)[0]
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "sequence_parallel": True}], ids=str)
-def test_gradients_equal_the_reference(parallel, truth, tmp_path):
-    result = run_ranks(parallel.get("tensor", 1), one_step, config_of("triton", **parallel), tmp_path, 1,
-                       truth["recording"], timeout_s=240)[0]
+@pytest.mark.parametrize("config", [config_of("triton"), config_of("triton", tensor=2, sequence_parallel=True),
+                                    config_of("reference", attention="triton")], ids=["one rank", "TP", "attention"])
+def test_gradients_equal_the_reference(config, truth, tmp_path):
+    result = run_ranks(config.parallel.tensor, one_step, config, tmp_path, 1, truth["recording"], timeout_s=240)[0]
     for expert, factors in truth["gradients"].items():
         assert max(float(g.abs().max()) for g in factors.values()) > 1e-3
         for name, gradient in factors.items():
