@@ -1,4 +1,8 @@
-"""Shared by all tests: one thread, the CPU shim before Megatron; without a GPU, Triton on the CPU and no GPU tests."""
+"""Shared by all tests: one thread, the CPU shim before Megatron, Triton on the CPU.
+
+Where CUDA is visible only the tests marked gpu run: the others fork ranks, which CUDA does not survive, and compare
+bits with those of a CPU. ``tools/run_tests.sh`` runs first these and then those.
+"""
 import torch
 
 torch.set_num_threads(1)  # before any kernel runs: forked ranks would hang on the parent's OpenMP threads
@@ -21,10 +25,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    cuda = torch.cuda.is_available()
+    skip = pytest.mark.skip(reason="a CPU's test: CUDA_VISIBLE_DEVICES='' pytest" if cuda else "no CUDA device")
+    for item in items:
+        if (item.get_closest_marker("gpu") is not None) != cuda:
+            item.add_marker(skip)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "reference", "flash", "triton"] = "auto"
     """Attention backend. ``reference`` is plain torch; ``flash`` merges prefix and completion parts by
     log-sum-exp over torch's fused kernels; ``triton`` is one kernel for all parts, for CUDA, not in float64 (decoding
-    keeps torch's kernels); ``auto`` is flash."""
+    keeps torch's kernels); ``auto`` is triton where it can run, else flash."""
     fp8: Literal["none", "frozen_rowwise", "te_current", "te_blockwise"] = "none"
     """``frozen_rowwise``: the layers' linears are kept in FP8, 1 byte per parameter with one scale per output row, and
     multiplied in FP8 with activations scaled per token, forward and backward; all else stays in ``dtype``.
@@ -39,8 +39,8 @@ class ModelConfig(Section):
     """How a rank's MoE experts are multiplied. ``reference`` takes one product per MoE expert, ``grouped`` torch's
     grouped product for all (not in float64); ``auto`` is grouped on CUDA where sizes permit."""
     head_chunk_tokens: int = Field(0, ge=0)
-    """Tokens whose logits exist at one time in losses over the vocabulary; 0: as many as 96 MiB hold (165 of
-    151,936 ids in float32)."""
+    """Tokens whose logits exist at one time in losses over the vocabulary; 0: as many as 96 MiB hold on a CPU (165 of
+    151,936 ids in float32), 512 MiB on a GPU (883)."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward computes again instead of keeping it: ``selective`` norms, activations, attention and gathered
     keys (little work; about a quarter of a bfloat16 layer's memory, more under context parallelism), ``full`` each

@@ -40,14 +40,15 @@ def choose_attention(model: ModelConfig, head_dim: int, dtype: torch.dtype) -> A
     Raises:
         UserError: "triton" was asked for where it cannot run.
     """
-    if model.attention == "triton":
-        missing = missing_for_triton(device(), dtype)
-        if not missing and head_dim > MOST_DIM:
-            missing = f"a head dim of {head_dim}, above {MOST_DIM}"
-        if missing:
-            raise UserError(f"model.attention: triton: {missing}; auto, flash and reference are allowed here; choose "
-                            "one of them")
-    return "flash" if model.attention == "auto" else model.attention
+    if model.attention in ("reference", "flash"):
+        return model.attention
+    missing = missing_for_triton(device(), dtype)
+    if not missing and head_dim > MOST_DIM:
+        missing = f"a head dim of {head_dim}, above {MOST_DIM}"
+    if model.attention == "triton" and missing:
+        raise UserError(f"model.attention: triton: {missing}; auto, flash and reference are allowed here; choose one "
+                        "of them")
+    return "triton" if model.attention == "triton" or device().type == "cuda" and not missing else "flash"
 
 
 @dataclass

@@ -36,6 +36,8 @@ class RMSNorm(nn.Module):
         return again(self._norm, x) if self.recompute else self._norm(x)
 
     def _norm(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x  # prompts that are only prefilled score no token, and fused kernels take no empty tensor
         if self.maker == "te":
             return self._te[0](x)
         if self.maker == "apex":

@@ -239,8 +239,8 @@ def forward_row_bytes(width: Width) -> int:
 
 
 def head_bytes(job: Job, rows: Rows, width: Width, backward: bool) -> float:
-    """Logits of one chunk of rows, in the math type, and their temporaries."""
-    chunk = min(chunk_tokens_of(job.model.head_chunk_tokens, width.vocab, width.math), rows.scored)
+    """Logits of one chunk of rows, in the math type, and their temporaries; of a GPU, where chunks are larger."""
+    chunk = min(chunk_tokens_of(job.model.head_chunk_tokens, width.vocab, width.math, "cuda"), rows.scored)
     full = backward and any(edge.signal == "full" for edge in job.edges)
     copies = HEAD_COPIES_FULL if full else HEAD_COPIES_BACKWARD if backward else HEAD_COPIES_FORWARD
     return chunk * width.vocab * width.math * copies

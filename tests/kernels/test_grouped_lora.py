@@ -63,6 +63,16 @@ def test_triton_equals_the_reference_in_value_and_gradient(name, columns):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize("name", CASES)
+def test_shares_of_rows_add_up(name, columns, monkeypatch):
+    """Shares of fewer rows than a block, and of none."""
+    monkeypatch.setattr(triton_impl, "FEWEST_ROWS", 3)
+    wanted = Case(name, columns, torch.float64).outcome(reference)
+    for found, truth in zip(Case(name, columns, torch.float32).outcome(triton_impl), wanted, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-4)
+
+
 def test_triton_keeps_bfloat16_products_in_float32():
     case = Case("slices, one empty", "all", torch.bfloat16)
     for found, truth in zip(case.outcome(triton_impl), case.outcome(reference), strict=True):

@@ -80,6 +80,18 @@ def test_triton_attention_is_refused_where_it_cannot_run(head_dim, dtype, why):
         choose_attention(model, head_dim, dtype)
 
 
+def test_without_a_gpu_attention_is_torchs():
+    for name, chosen in (("auto", "flash"), ("flash", "flash"), ("reference", "reference"), ("triton", "triton")):
+        assert choose_attention(ModelConfig(path="-", attention=name), 64, torch.bfloat16) == chosen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim, dtype, chosen", [(128, torch.bfloat16, "triton"), (64, torch.float32, "triton"),
+                                                     (64, torch.float64, "flash"), (288, torch.bfloat16, "flash")])
+def test_on_a_gpu_attention_is_tritons_where_that_runs(head_dim, dtype, chosen):
+    assert choose_attention(ModelConfig(path="-"), head_dim, dtype) == chosen
+
+
 def test_a_capture_keeps_keys_and_values_and_nothing_else_alive(groups):
     backbone, capture = make_backbone(groups), {}
     pack = build_pack(_lanes(), backbone.rules, CPU, trunks_only=True)

@@ -312,10 +312,11 @@ def test_chunks_left_open_are_bounded_by_memory():
     head = Head(torch.zeros(151_936, 1), 0, 151_936)
     chunks = list(head.chunks(torch.zeros(500, 1)))
     assert chunks == [slice(0, 165), slice(165, 330), slice(330, 495), slice(495, 500)]
-    assert 165 * 151_936 * 4 <= CHUNK_BYTES < 166 * 151_936 * 4
+    assert 165 * 151_936 * 4 <= CHUNK_BYTES["cpu"] < 166 * 151_936 * 4
+    assert chunk_tokens_of(0, 151_936, 4, "cuda") == 883 and chunk_tokens_of(0, 151_936, 4, "meta") == 165
     assert [c.stop for c in head.chunks(torch.zeros(500, 1, dtype=torch.float64))][0] == 82
     assert list(replace(head, chunk_tokens=300).chunks(torch.zeros(500, 1))) == [slice(0, 300), slice(300, 500)]
-    assert chunk_tokens_of(0, 10**12, 4) == 1
+    assert chunk_tokens_of(0, 10**12, 4, "cuda") == 1
 
 
 def products_of(work: Callable[[torch.Tensor], torch.Tensor], differentiate: bool) -> float:

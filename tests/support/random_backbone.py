@@ -9,6 +9,7 @@ import torch
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.spec import BackboneSpec, MoeSpec, RopeSpec
+from copd_megatron.model.te import rounds_what_is_copied
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
@@ -37,8 +38,10 @@ def make_backbone(groups: Groups, *, scope="sequence", first_layer=0, sharing=Tr
                         AdapterConfig(rank=3, alpha=6.0, scope=scope, first_layer=first_layer), checked)
     for number, (name, parameter) in enumerate(sorted(backbone.named_parameters())):
         centre = 1.0 if "norm" in name else 0.0
-        parameter.data.copy_(centre + 0.2 * torch.randn(parameter.shape, dtype=torch.float64,
-                                                        generator=torch.Generator().manual_seed(number)))
+        value = centre + 0.2 * torch.randn(parameter.shape, dtype=torch.float64,
+                                           generator=torch.Generator().manual_seed(number))
+        # Transformer Engine's weights quantise what is copied into them, and not from float64.
+        parameter.data.copy_(value.to(parameter.dtype) if rounds_what_is_copied(parameter) else value)
     for number, expert in enumerate(experts):
         backbone.bank.add_expert(expert, seed=1)
         for key, parameter in backbone.bank.parameters_of(expert).items():

@@ -51,7 +51,8 @@ def test_fused_ones_are_torchs(maker, module):
     for adamw, own in ((plain, ours), (fused, theirs)):
         update(adamw, own, 3)
     again = build_adamw(theirs, OptimizerConfig(), maker)
-    restore(again, {p: moments(plain, q) for p, q in zip(theirs[:2], ours)})
+    # Copies: both go on from there, each in its own memory.
+    restore(again, {p: {n: t.clone() for n, t in moments(plain, q).items()} for p, q in zip(theirs[:2], ours)})
     plain.state.pop(ours[2])
     for adamw, own in ((plain, ours), (again, theirs)):
         update(adamw, own, 2)

@@ -1,4 +1,6 @@
 """The quickstart's own recipe: any layout trains the very same experts, by torchrun as by hand."""
+import json
+import math
 import os
 import subprocess
 import sys
@@ -41,6 +43,33 @@ def test_layout_equals_one_rank(one_rank, tensor, pipeline, tmp_path):
     for got in run_ranks(2, run_steps, config(tensor, pipeline), tmp_path, timeout_s=120):
         assert got["tokens"] == one_rank["tokens"]
         torch.testing.assert_close(got["adapters"], one_rank["adapters"], rtol=0, atol=1e-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [
+    {}, {"model.attention": "flash", "model.dtype": "bfloat16"},
+    {"model.fp8": "frozen_rowwise", "model.dtype": "bfloat16"},
+    {"model.fp8": "te_blockwise", "model.dtype": "bfloat16", "adapter.scope": "completion"},
+    {"model.fp8": "te_current", "model.dtype": "bfloat16", "model.norms": "torch", "optimizer.adam": "torch"}],
+    ids=lambda options: ",".join(map(str, options.values())) or "defaults")
+def test_a_gpu_trains_every_expert(options, tmp_path):
+    """One RLVR and one OPD step, evaluation and checkpoint by the command; all numbers finite, all experts moved."""
+    if "te_" in options.get("model.fp8", ""):
+        pytest.importorskip("transformer_engine")
+    given = {**SMALLER, "model.dtype": "float32", "rollout.prompts_per_step": 8, "rollout.group_size": 8, **options}
+    command = [sys.executable, "-m", "copd_megatron", "train", str(ROOT / "examples/quickstart.py"), "--run-dir",
+               str(tmp_path), *(part for key, value in given.items() for part in ("--set", f"{key}={value}"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"),
+                                                                os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["rlvr", "opd"]
+    assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))
+    for expert in config().experts:
+        folder, = tmp_path.glob(f"checkpoints/*/adapters/{expert}")
+        factors = load_file(folder / "adapter_model.safetensors")
+        assert any(factor.any() for name, factor in factors.items() if "lora_B" in name)
 
 
 def test_torchrun_trains_the_same_three_experts_on_two_replicas(one_rank, tmp_path):

@@ -21,6 +21,10 @@ from copd_kernels.grouped_lora.segments import TILE, Segments
 WIDE, DEEP = 128, 64
 """Columns of a program's output, and steps of its sum."""
 
+PROGRAMS, FEWEST_ROWS = 512, 256
+"""A gradient of factors shares an expert's rows out, so that about so many programs run, each over at least so many
+rows: a factor alone has a few dozen blocks, too few for a GPU."""
+
 
 @triton.jit
 def _multiply(X, W, Y, ROWS, OWNERS, FIRSTS, BOUNDS, SCALES, N, K, sx, swg, swn, swk, sy, first, width, step,
@@ -50,16 +54,21 @@ def _multiply(X, W, Y, ROWS, OWNERS, FIRSTS, BOUNDS, SCALES, N, K, sx, swg, swn,
 
 
 @triton.jit
-def _outer(L, R, D, ROWS, BOUNDS, SCALES, N, K, sl, sr, sdg, sdn, first, width, step, EXACT: tl.constexpr,
-           BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """D[g, n, k] = s_g sum over the rows t of expert g of L[t, column(n)] R[t, k], float32."""
-    g = tl.program_id(0)
+def _outer(L, R, D, ROWS, BOUNDS, SCALES, N, K, sl, sr, sds, sdg, sdn, first, width, step, splits,
+           EXACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """D[i, g, n, k] = s_g sum over the i-th share of the rows t of expert g of L[t, column(n)] R[t, k], float32."""
+    g = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.program_id(2) * BK + tl.arange(0, BK)
     from_column = first + n // width * step + n % width
     total = tl.zeros((BN, BK), tl.float32)
+    begin = tl.load(BOUNDS + g)
     stop = tl.load(BOUNDS + g + 1)
-    for start in range(tl.load(BOUNDS + g), stop, BM):
+    share = tl.cdiv(tl.cdiv(stop - begin, splits), BM) * BM
+    begin += split * share
+    stop = tl.minimum(begin + share, stop)
+    for start in range(begin, stop, BM):
         place = start + tl.arange(0, BM)
         real = place < stop
         row = tl.load(ROWS + place, mask=real, other=0)
@@ -67,7 +76,7 @@ def _outer(L, R, D, ROWS, BOUNDS, SCALES, N, K, sl, sr, sdg, sdn, first, width, 
         right = tl.load(R + row[:, None] * sr + k[None, :], mask=real[:, None] & (k[None, :] < K), other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee" if EXACT else "tf32")
     total *= tl.load(SCALES + g)
-    tl.store(D + g.to(tl.int64) * sdg + n[:, None] * sdn + k[None, :], total,
+    tl.store(D + split.to(tl.int64) * sds + g.to(tl.int64) * sdg + n[:, None] * sdn + k[None, :], total,
              mask=(n[:, None] < N) & (k[None, :] < K))
 
 
@@ -95,11 +104,14 @@ def _gradient_of(factors: Sequence[Tensor], left: Tensor, right: Tensor, scales:
                  columns: Columns) -> list[Tensor]:
     """Gradient of each factor [n_g, k_g] from left [T, >= n] and right [T, >= k]."""
     n, k = (max(f.shape[d] for f in factors) for d in (0, 1))
-    total = torch.empty(len(factors), n, k, dtype=torch.float32, device=left.device)
     wide, deep = (max(16, min(WIDE // 2, triton.next_power_of_2(size))) for size in (n, k))
-    _outer[(len(factors), triton.cdiv(n, wide), triton.cdiv(k, deep))](
-        left, right, total, segments.rows, segments.bounds, scales, n, k, left.stride(0), right.stride(0),
-        total.stride(0), total.stride(1), *columns, EXACT=_exact(left), BM=32, BN=wide, BK=deep, num_warps=4)
+    blocks = triton.cdiv(n, wide), triton.cdiv(k, deep)
+    splits = max(1, min(PROGRAMS // (len(factors) * blocks[0] * blocks[1]), max(segments.lengths) // FEWEST_ROWS))
+    parts = torch.empty(splits, len(factors), n, k, dtype=torch.float32, device=left.device)
+    _outer[(len(factors) * splits, *blocks)](
+        left, right, parts, segments.rows, segments.bounds, scales, n, k, left.stride(0), right.stride(0),
+        *parts.stride()[:3], *columns, splits, EXACT=_exact(left), BM=32, BN=wide, BK=deep, num_warps=4)
+    total = parts[0] if splits == 1 else parts.sum(0)
     return [part[:f.shape[0], :f.shape[1]].to(f.dtype) for part, f in zip(total, factors)]
 
 

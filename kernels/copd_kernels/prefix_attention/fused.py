@@ -50,6 +50,8 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     missing = -lse.shape[2] % 32
     lse = torch.nn.functional.pad(lse, (0, missing), value=float("inf")).contiguous()
     none = torch.zeros((), dtype=torch.int64, device=q.device)
+    # In half precision the kernel takes this layout of ``out`` for granted, whatever its strides say.
+    out = out.transpose(1, 2).contiguous().transpose(1, 2)
     return _aten._scaled_dot_product_efficient_attention_backward(
         grad, q, k, v, None, out, lse, none, none, 0.0, [True, True, True, False], causal)[:3]
 
