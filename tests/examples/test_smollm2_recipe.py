@@ -1,6 +1,8 @@
-"""The recipe on the real language model: one step of each phase, every policy evaluated."""
+"""The recipe on the real language model: built on 1 and 4 ranks; one step of each phase, every policy evaluated."""
 import json
 from pathlib import Path
+
+import pytest
 
 from copd_megatron.launch import cli
 from support.smollm2 import smollm2
@@ -9,6 +11,15 @@ RECIPE = Path(__file__).resolve().parents[2] / "examples" / "smollm2_three_skill
 SMALL = ["rollout.prompts_per_step=2", "rollout.group_size=2", "rollout.max_completion_tokens=6", "schedule.cycles=1",
          "schedule.rl_steps=1", "schedule.opd_steps=1", "evaluation.final_prompts=4", "metrics.progress=off",
          "metrics.tensorboard=false", "metrics.overlap_tokens=8", "evaluation.keep_best=false"]
+
+
+@pytest.mark.usefixtures("no_world")
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_dry_run(ranks, capsys):
+    assert cli.main(["train", str(RECIPE), "--dry-run", "--world-size", str(ranks), "--set",
+                     f"model.path={smollm2()}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"replicas{ranks}: every kind of rank was built" in shown and shown.rstrip().endswith("\nready to train")
 
 
 def test_one_step_of_each_phase_with_the_full_topology(tmp_path):

@@ -86,10 +86,14 @@ def test_what_is_missing_is_listed(capsys):
     assert "neither model.safetensors" in missing[0] and "science.jsonl was given; there is no such file" in shown
 
 
-def test_a_run_that_could_start(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ranks, tensor", [(1, 1), (4, 1), (4, 2)])
+def test_a_run_that_could_start(ranks, tensor, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", str(EXAMPLES / "quickstart.py"), "--dry-run"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith("ready to train")
+    assert cli.main(["train", str(EXAMPLES / "quickstart.py"), "--dry-run", "--world-size", str(ranks), "--set",
+                     f"parallel.tensor={tensor}"]) == 0
+    shown = capsys.readouterr().out
+    assert f"replicas{ranks // tensor}: every kind of rank was built" in shown
+    assert shown.rstrip().endswith("\nready to train")
     assert missing_inputs(configured("quickstart.py", "", 'exchange.frozen_teachers={"old": "nowhere"}')) != []
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
