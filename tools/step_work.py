@@ -2,16 +2,17 @@
 
 Rollout engine and runner say what they are given; `copd_megatron.simulate.flops` says what that takes, with the true
 length of every completion. Counted is what the model needs, as is usual for MFU (Chowdhery et al. 2022,
-arXiv:2204.02311): neither layers that are recomputed in the backward nor prompts that are found in the prefix store
-(what it has evicted is evaluated, and counts, again); embedding, norms and the vision tower are left out as well.
+arXiv:2204.02311): neither layers that are recomputed in the backward, nor prompts that are found in the prefix store
+(what it has evicted is evaluated, and counts, again), nor layers below states that the rollout kept; embedding, norms
+and the vision tower are left out as well.
 """
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
-from copd_megatron.model.shared_prefix import Leaf, LeafGroup
+from copd_megatron.model.shared_prefix import Leaf, LeafGroup, StateKey
 from copd_megatron.rollout.engine import Request, RolloutEngine, VisualSource
 from copd_megatron.simulate.flops import Flops, group_streams, pass_flops
 from copd_megatron.trainer.batching import Microbatch
@@ -51,7 +52,7 @@ class StepWork:
         self._settle()
         groups = [group for batch in microbatches for group in batch.groups]
         self._add(self.timers.phase, groups, differentiated, False, self.prefill.serves_training,
-                  self.prefill.computed_tokens)
+                  self.prefill.computed_tokens, self.prefill.lower_states.owners)
 
     def answered(self, requests: Sequence[Request], answers: Sequence[Sequence[Completion]], before: float) -> None:
         """The engine has sampled; ``before``: prompt tokens that had been evaluated when it began."""
@@ -64,9 +65,9 @@ class StepWork:
         self._settle()
 
     def _add(self, phase: str, groups: Iterable[LeafGroup], backward: bool, decoded: bool, stored: bool,
-             before: float) -> None:
+             before: float, kept: Container[StateKey] = ()) -> None:
         groups = list(groups)
-        self._flops[phase] += self._cost(groups, backward, decoded, outside=stored)
+        self._flops[phase] += self._cost(groups, backward, decoded, stored, kept)
         if not stored:
             return
         rules, distinct = self.backbone.rules, list({g.prompt.content_hash: g for g in groups}.values())
@@ -82,9 +83,10 @@ class StepWork:
             self._flops[phase] += flops * ((self.prefill.computed_tokens - before) / tokens)
         self._prompts = None
 
-    def _cost(self, groups: Iterable[LeafGroup], backward: bool, decoded: bool, outside: bool) -> Flops:
+    def _cost(self, groups: Iterable[LeafGroup], backward: bool, decoded: bool, outside: bool,
+              kept: Container[StateKey] = ()) -> Flops:
         spec, adapter, rules = self.backbone.spec, self.backbone.bank.config, self.backbone.rules
-        return sum((pass_flops(spec, adapter, group_streams(group, rules, decoded, outside), backward)
+        return sum((pass_flops(spec, adapter, group_streams(group, rules, decoded, outside, kept), backward)
                     for group in groups), Flops())
 
 

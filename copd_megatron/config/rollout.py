@@ -35,3 +35,9 @@ class RolloutConfig(Section):
     slower. It pays in scope ``completion`` (a prompt is evaluated once per step for rollout, scoring and update of all
     experts, and stays valid), in part with ``adapter.first_layer``, and for episodes of several turns; see
     docs/performance.md."""
+    lower_states_bytes: int = Field(0, ge=0)
+    """Memory per rank for hidden states that enter ``adapter.first_layer``, of completions and prompts, kept from a
+    step's rollout until its update, so that scoring and update begin there: hidden size numbers per token, on the
+    pipeline stage that holds the layer. What finds no room is evaluated from the lowest layer on. Decoding rounds
+    differently than scoring, so that results are the same up to rounding. 0: off; more needs ``adapter.first_layer``
+    above 0; see docs/performance.md."""

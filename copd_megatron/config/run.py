@@ -82,6 +82,11 @@ class RunConfig(Section):
             f"rollout.prefix_store_bytes: {store} with model.fp8=te_current, whose scales are those of whole tensors, "
             "so that a prompt's states depend on the rows beside it and are never found as they would be computed; set "
             "rollout.prefix_store_bytes=0, or model.fp8=te_blockwise or frozen_rowwise")
+        kept = self.rollout.lower_states_bytes
+        yield model.fp8 == "te_current" and kept > 0, (
+            f"rollout.lower_states_bytes: {kept} with model.fp8=te_current, whose scales are those of whole tensors, "
+            "so that what decoding makes of a token is not what scoring would; set rollout.lower_states_bytes=0, or "
+            "model.fp8=te_blockwise or frozen_rowwise")
         yield model.fp8.startswith("te_") and model.dtype != "bfloat16", (
             f"model.fp8: {model.fp8} with model.dtype={model.dtype}; bfloat16 is allowed; set model.dtype=bfloat16, or "
             "model.fp8=none")
@@ -101,6 +106,12 @@ class RunConfig(Section):
             f"rollout.prefix_store_bytes: {rollout.prefix_store_bytes} with MoE experts spread over parallel.context="
             f"{parallel.context} ranks, where a prompt is evaluated among the others' rows and never twice alike; set "
             "rollout.prefix_store_bytes=0 or parallel.context=1")
+        yield rollout.lower_states_bytes > 0 and not self.model.prefix_sharing, (
+            f"rollout.lower_states_bytes: {rollout.lower_states_bytes} with model.prefix_sharing=false, which evaluates"
+            " every completion with its own prompt from the first layer on; set one of the two")
+        yield rollout.lower_states_bytes > 0 and self.adapter.first_layer == 0, (
+            f"rollout.lower_states_bytes: {rollout.lower_states_bytes} with adapter.first_layer=0, below which no "
+            "layer is; set rollout.lower_states_bytes=0, or adapter.first_layer above 0")
         yield rlvr.dual_clip is not None and rlvr.loss == "cispo", (
             f"rlvr.dual_clip: {rlvr.dual_clip} with rlvr.loss=cispo, whose weight is bounded already; clip and gspo "
             "know it; set rlvr.dual_clip=None")

@@ -181,6 +181,14 @@ _WORK = (
     Metric("tokens/saved_share", "Share of token evaluations that prefix sharing made unnecessary.", "0 to 1",
            "above 0.5 with images or video",
            "Near 0: prompts are short against completions; nothing is wrong."),
+    Metric("tokens/kept_share", "Share of the tokens of scoring and update (each as often as layers below "
+           "`adapter.first_layer` would see it) that began at that layer, from states which the rollout kept.",
+           "0 to 1",
+           "1; lower where teachers of other replicas score",
+           "Lower with one replica: raise `rollout.lower_states_bytes`."),
+    Metric("memory/lower_states_bytes", "What `rollout.lower_states_bytes` holds after the step's rollout; mean over "
+           "ranks that share out prompts.", "bytes", "below `rollout.lower_states_bytes`",
+           "At the budget with `tokens/kept_share` below 1: raise it."),
     Metric("memory/peak_bytes", "Peak memory of the busiest rank: allocated on CUDA, resident on a CPU.",
            "bytes", "below the device's",
            "Near it: lower `optimizer.microbatch_tokens`, `rollout.decode_lanes`."),

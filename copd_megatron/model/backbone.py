@@ -6,7 +6,9 @@ chunk) or as the previous chunk's output, changes from the lower to the upper le
 ``first_layer`` (rows fan out to the lanes), and leaves as a pipeline tensor or, after the last layer,
 as the final-normed hidden states that predict completion tokens.
 
-Nothing below ``first_layer`` is differentiated, and trunks that no adapter touches are not either.
+Nothing below ``first_layer`` is differentiated, and trunks that no adapter touches are not either. Where all that
+enters ``first_layer`` was kept (``Pack.kept``), the layers below are left out: stages that hold no others hand on one
+row that nobody reads.
 
 Under context and sequence parallelism the rows of a pack are shared out (``row_share``). Lanes fan out from any rank's
 rows to any other's, so there all rows of the lower stream are gathered once: hidden size numbers per token, forward
@@ -15,7 +17,7 @@ ranks share out the head's work on them.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -141,7 +143,8 @@ class Backbone(nn.Module):
         return given
 
     def forward(self, pack: Pack, visual: Visual | None = None, capture: dict[int, KV] | None = None,
-                outside: Sequence[Mapping[int, KV]] = (), layers: range | None = None) -> Tensor:
+                outside: Sequence[Mapping[int, KV]] = (), layers: range | None = None, kept: Tensor | None = None,
+                at_border: Callable[[Tensor], None] | None = None) -> Tensor:
         """Evaluate a pack on this stage.
 
         Args:
@@ -152,6 +155,8 @@ class Backbone(nn.Module):
             outside: 1-based layer -> (K, V) of each of ``pack.outside``, which hold no gradient.
             layers: evaluate no others (global numbers); unless they begin with 0, what enters them must have been
                 given to ``set_input_tensor``. With several chunks one of them, or a part of it. None: all.
+            kept: [K, 1, H] rows of ``pack.kept``, of all context ranks one after the other; for ``first_layer``.
+            at_border: is given the rows that enter ``first_layer`` from below, before lanes fan out.
 
         Returns:
             Last stage: [N, H], final-normed states that predict the completion tokens, all of them on every rank,
@@ -163,13 +168,15 @@ class Backbone(nn.Module):
         entered = self._input
         level = None
         for layer, index in zip(self.layers, self.layer_range):
-            if index not in chosen:
+            if index not in chosen or index < pack.begins:
                 continue
             if pack.level(index) is not level:
                 level = pack.level(index)
                 angles = rotary_frequencies(self.spec, level.position_ids)
             if index == pack.first_layer and pack.fanout is not None:
-                hidden = [self._gathered(hidden[0], pack).index_select(0, pack.fanout)]
+                if at_border is not None:
+                    at_border(hidden[0])
+                hidden = [self._fanned_out(hidden[0], pack, kept)]
             if len(hidden) != len(level.parts):
                 hidden = [hidden[0][part.shard] for part in level.parts]
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= pack.first_layer):
@@ -187,7 +194,8 @@ class Backbone(nn.Module):
         self._check([scored], "the final norm")
         return _anchor(scored, entered) if torch.is_grad_enabled() else scored
 
-    def forward_step(self, token_ids: Tensor, position_ids: Tensor, attention, routing, layers: range) -> Tensor:
+    def forward_step(self, token_ids: Tensor, position_ids: Tensor, attention, routing, layers: range,
+                     at_border: Callable[[Tensor], None] | None = None) -> Tensor:
         """One decode step of rows [L] (one level throughout): [L, 1, H], final-normed after the last layer.
 
         Args:
@@ -195,6 +203,7 @@ class Backbone(nn.Module):
             attention: an object with ``attend(layer, q, k, v)``, see ``attention``.
             routing: (expert, rows) of the adapted rows, applied from ``first_layer`` on.
             layers: one of ``chunks``.
+            at_border: is given what enters ``first_layer``, [L, 1, H].
         """
         hidden = self._embed(token_ids) if layers.start == 0 else self._input
         self._input = None
@@ -202,6 +211,8 @@ class Backbone(nn.Module):
         for layer, index in zip(self.layers, self.layer_range):
             if index not in layers:
                 continue
+            if at_border is not None and index == self.rules.first_layer:
+                at_border(hidden)
             self.bank.routing.set(routing)
             hidden, _ = layer(hidden_states=hidden, attention_mask=None, rotary_pos_emb=angles,
                               packed_seq_params=attention)
@@ -239,6 +250,8 @@ class Backbone(nn.Module):
 
     def _enter(self, pack: Pack, visual: Visual | None, first: int) -> list[Tensor]:
         """What enters layer ``first``."""
+        if first < pack.begins:  # pipeline schedules pass a tensor on all the same
+            return [torch.zeros(1, 1, self.spec.hidden_size, dtype=self.dtype, device=device())]
         if first > 0:  # below the first adapted layer nothing is differentiated
             return [self._input.detach() if first <= pack.first_layer else self._input]
         level = pack.level(0)
@@ -246,6 +259,11 @@ class Backbone(nn.Module):
         if level.visual_index.numel():
             hidden[level.visual_index, 0] = visual[0].index_select(0, level.visual_source).to(hidden.dtype)
         return [hidden]
+
+    def _fanned_out(self, lower: Tensor, pack: Pack, kept: Tensor | None) -> Tensor:
+        """What enters ``first_layer`` of the upper stream, on this rank."""
+        rows = ([] if pack.begins else [self._gathered(lower, pack)]) + ([] if kept is None else [kept])
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).index_select(0, pack.fanout)
 
     def _layer(self, layer: nn.Module, level: Level, angles: Tensor, hidden: list[Tensor],
                capture: dict[int, KV] | None, trunk_kv: dict[int, KV] | None) -> list[Tensor]:

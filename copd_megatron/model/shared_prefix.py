@@ -12,11 +12,14 @@ completion; from there on one leaf per lane, and one trunk per (prompt, expert) 
 ``sequence``, still one per prompt in scope ``completion``. The two streams are the pack's levels;
 ``fanout`` maps the rows of the upper to those of the lower.
 
+States that were kept where they enter ``first_layer`` are left out of the lower stream: upper rows continue them as
+they continue lower rows.
+
 Without prefix sharing every lane is one trunk that carries its own copy of the prompt.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +30,10 @@ from copd_megatron.model.row_share import WHOLE, RowShare
 from copd_megatron.model.spec import RopeSpec
 from copd_megatron.model.stream import Level, Span, place, to_tensor
 from copd_megatron.types import Prompt
+
+StateKey = tuple[str, tuple[int, ...] | None]
+"""What hidden states below ``first_layer`` depend on: content hash of the prompt, and token ids of the completion; None
+for the prompt's prefix. Example: ``("9f..", (17, 4, 2))``."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +53,31 @@ class LeafGroup:
 
 
 @dataclass(frozen=True)
+class KeptRows:
+    """Hidden states that enter ``first_layer`` and are given, each by the context rank that kept it."""
+
+    keys: tuple[tuple[StateKey, ...], ...]
+    """By context rank, in the order of their rows."""
+    rows: int
+    """Of the context rank that gives most; every rank's are filled up to as many."""
+    tokens: int
+    """Rows of all context ranks, filling left out."""
+
+
+@dataclass(frozen=True)
 class Pack:
     """A microbatch ready for the backbone."""
 
     prompts: tuple[Prompt, ...]
     first_layer: int
     lower: Level | None
-    """The stream of the layers below ``first_layer``; None when that is 0."""
+    """The stream of the layers below ``first_layer``, without what was kept; None when that is 0."""
     upper: Level
     share: RowShare
     """Whose rows this rank holds."""
     fanout: Tensor | None
     """[T upper] row of the lower stream that each upper row continues; where rows are shared out, of all ranks'
-    rows one after the other."""
+    rows one after the other. Kept rows follow them."""
     scored_rows: Tensor
     """[n] upper rows whose hidden states predict completion tokens: leaf by leaf (n = N), or, where rows are
     shared out, those of this rank, filled up to the n of the rank with most."""
@@ -76,6 +95,13 @@ class Pack:
     when there is no lower); empty without prefix sharing."""
     outside: tuple[Prompt, ...] = ()
     """Prompts whose prefixes are in no stream: their keys and values are given, one after the other."""
+    kept: KeptRows | None = None
+    """Hidden states that are given; None without any."""
+
+    @property
+    def begins(self) -> int:
+        """First layer that has rows to evaluate."""
+        return self.first_layer if self.lower is not None and self.lower.tokens == 0 else 0
 
     def level(self, layer: int) -> Level:
         """The stream that enters global layer ``layer``."""
@@ -120,25 +146,33 @@ def pack_tokens(groups: Sequence[LeafGroup], rules: PackRules) -> int:
 
 
 def build_pack(groups: Sequence[LeafGroup], rules: PackRules, device: torch.device,
-               trunks_only: bool = False, share: RowShare = WHOLE, outside: bool = False) -> Pack:
+               trunks_only: bool = False, share: RowShare = WHOLE, outside: bool = False,
+               kept: Mapping[StateKey, int] | None = None) -> Pack:
     """Lay the lanes of all groups out as streams.
 
     Leaves keep their order: row blocks of ``scored_rows`` follow the groups, and the leaves in each.
     A leaf without tokens contributes no rows. With ``trunks_only`` (the prefill of decoding) the
     leaves only say which lanes need a trunk. With ``share`` the tensors are those of this rank's rows.
     With ``outside`` (scope ``completion``) trunks are left out, see ``Pack.outside``.
+    ``kept``: states that were kept, and the context rank that has them, see ``Pack.kept``.
     """
     streams = _Streams(groups, rules, trunks_only, outside)
     apart = rules.scope == "completion" and rules.sharing and not trunks_only
     upper, upper_rows = place(streams.upper, streams.prompts, device, share, apart, outside=streams.rows_outside)
-    lower, lower_rows, fanout = None, upper_rows, None
+    lower, lower_rows, fanout, given = None, upper_rows, None, None
     if rules.first_layer > 0:
+        found = streams.leave_out(kept or {})
         lower, lower_rows = place(streams.lower, streams.prompts, device, share, frozen=True,
                                   outside=streams.rows_outside)
+        given, given_rows = _kept_rows(found, kept or {}, share.context, lower.layout.rows)
+        lower_rows = lower_rows | given_rows
         below = np.zeros(upper.layout.rows, np.int64)
         for key, rows in upper_rows.items():
             below[rows.start:rows.stop] = np.arange(*_ends(lower_rows[streams.origin[key]]))
-        fanout = to_tensor([lower.layout.gathered_places()[below[upper.layout.mine()]]], device)
+        places = lower.layout.gathered_places()
+        if given is not None:
+            places = np.append(places, len(places) + np.arange(share.context * given.rows))
+        fanout = to_tensor([places[below[upper.layout.mine()]]], device)
     scored = [np.arange(len(ids)) + upper_rows[key].start + first for key, first, ids in streams.leaves if ids]
     scored_rows, scored_order = upper.layout.share_out(np.concatenate(scored) if scored else _NOTHING)
     targets = [np.asarray(ids, np.int64) for _, _, ids in streams.leaves]
@@ -149,7 +183,27 @@ def build_pack(groups: Sequence[LeafGroup], rules: PackRules, device: torch.devi
     return Pack(tuple(g.prompt for g in groups), rules.first_layer, lower, upper, share, fanout,
                 to_tensor([scored_rows], device),
                 None if scored_order is None else to_tensor([scored_order], device), to_tensor(targets, device),
-                tuple(len(ids) for _, _, ids in streams.leaves), naive, trunk_rows, tuple(streams.outside.values()))
+                tuple(len(ids) for _, _, ids in streams.leaves), naive, trunk_rows, tuple(streams.outside.values()),
+                given)
+
+
+def _kept_rows(found: Mapping[tuple, tuple[StateKey, Span]], kept: Mapping[StateKey, int], ranks: int,
+               first: int) -> tuple[KeptRows | None, dict[tuple, range]]:
+    """What was kept, and the rows of each of its spans from row ``first`` on, context rank by context rank."""
+    if not found:
+        return None, {}
+    own: list[list[tuple]] = [[] for _ in range(ranks)]
+    for span, (state, _) in found.items():
+        own[kept[state]].append(span)
+    lengths = [[len(found[key][1].token_ids) for key in keys] for keys in own]
+    most, rows = max(map(sum, lengths)), {}
+    for rank, keys in enumerate(own):
+        start = first + rank * most
+        for key, length in zip(keys, lengths[rank]):
+            rows[key] = range(start, start + length)
+            start += length
+    keys = tuple(tuple(found[key][0] for key in spans) for spans in own)
+    return KeptRows(keys, most, sum(map(sum, lengths))), rows
 
 
 def _ends(rows: range) -> tuple[int, int]:
@@ -238,3 +292,18 @@ class _Streams:
             trunk = span.trunk if self.without_trunks or span.trunk is None else ("trunk", span.prompt)
             self.lower[shared] = Span(None, span.token_ids, span.positions, span.prompt, trunk, 0,
                                       span.visual_tokens)
+
+    def leave_out(self, kept: Container[StateKey]) -> dict[tuple, tuple[StateKey, Span]]:
+        """Take what was kept out of the lower level; a trunk stays while a leaf that attends to it does.
+
+        Returns:
+            Key in the lower level -> what was kept, and its span.
+        """
+        found = {key: ((self.prompts[key[1]].content_hash, key[2] if key[0] == "leaf" else None), span)
+                 for key, span in self.lower.items() if key[0] != "whole"}
+        found = {key: own for key, own in found.items() if own[0] in kept}
+        attended = {span.trunk for key, span in self.lower.items() if key[0] == "leaf" and key not in found}
+        found = {key: own for key, own in found.items() if key not in attended}
+        for key in found:
+            del self.lower[key]
+        return found

@@ -38,6 +38,8 @@ class Answers:
     """[L], at least 1."""
     stopped: np.ndarray
     """[L] bool: ended by a stop token."""
+    fed: np.ndarray
+    """[L] rows that the lane was fed until its last token was sampled, forced ones included."""
 
 
 class DecodeState:
@@ -67,6 +69,8 @@ class DecodeState:
         self._steps: list[Tensor] = []
         self._flushed: list[tuple[np.ndarray, int, np.ndarray]] = []
         self._answers = np.zeros(len(wave), np.int64), np.zeros(len(wave), bool)
+        self.fed = np.zeros(len(wave), np.int64)
+        """As ``Answers.fed``, of lanes that have been dropped."""
         self._place_forced()
 
     def _put(self, values) -> Tensor:
@@ -146,6 +150,7 @@ class DecodeState:
         """Bring the present batch's steps to the host; returns the positions of the lanes that still run."""
         lengths, stopped = self._lengths.cpu().numpy(), self._stopped.cpu().numpy()
         self._answers[0][self.lanes], self._answers[1][self.lanes] = lengths, stopped
+        self.fed[self.lanes] = self.forced.lengths + lengths - 1
         first = self._first_step - self.forced.lengths
         self._flushed.append((self.lanes, first, torch.stack(self._steps).cpu().numpy()))
         self._steps = []
@@ -167,4 +172,4 @@ class DecodeState:
             table[:, rows[inside], columns[inside]] = steps.transpose(1, 2, 0)[:, inside]
         if not np.isfinite(table).all():
             raise FloatingPointError("rollout: a log-prob is not finite; the hidden states overflowed")
-        return Answers(table[0].astype(np.int64), table[1], table[2], lengths, stopped)
+        return Answers(table[0].astype(np.int64), table[1], table[2], lengths, stopped, self.fed)

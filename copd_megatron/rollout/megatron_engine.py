@@ -22,6 +22,7 @@ from torch import Tensor
 
 from copd_megatron.config.rollout import RolloutConfig
 from copd_megatron.model.backbone import Backbone
+from copd_megatron.model.shared_prefix import StateKey
 from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import device
@@ -29,13 +30,17 @@ from copd_megatron.rollout.decode_state import Answers, DecodeState
 from copd_megatron.rollout.engine import EngineCounters, Request, VisualSource
 from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock
 from copd_megatron.rollout.lanes import Wave, deal_requests, plan_waves
+from copd_megatron.rollout.lower_states import BorderRows, LowerStates
 from copd_megatron.rollout.prefill import Prefill
 from copd_megatron.rollout.relay import StageRelay
 from copd_megatron.rollout.sampling import Sampled, sample
-from copd_megatron.types import Completion, Segment, UserError
+from copd_megatron.types import Completion, Prompt, Segment, UserError
 
 COMPACT_AT = 0.75
 """Ended lanes leave the batch once at most this share of it still runs: copying the caches then pays."""
+
+
+NOBODY = np.zeros(0, np.int64)
 
 
 class _Answer(NamedTuple):
@@ -57,7 +62,9 @@ class MegatronEngine:
         self.backbone, self.groups, self.config, self.seed = backbone, groups, config, seed
         self.counters = EngineCounters()
         self.device, self.rules = device(), backbone.rules
-        self.prefill, self.relay = Prefill(backbone, groups, config), StageRelay(backbone, groups)
+        self.lower_states = LowerStates(backbone, groups, config.lower_states_bytes)
+        self.prefill = Prefill(backbone, groups, config, self.lower_states)
+        self.relay = StageRelay(backbone, groups)
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request],
@@ -65,13 +72,17 @@ class MegatronEngine:
         """See ``RolloutEngine.generate``."""
         for request in requests:
             self._check(request, visual)
+        # A longer answer takes the place of what it goes on from.
+        self.lower_states.forget([_state_key(r.prompt, r.prior[:-1]) for r in requests if r.prior])
         rank_of = deal_requests(requests, self.groups.layout.cp)
         mine = [index for index, rank in enumerate(rank_of) if rank == self.groups.coords.cp]
         computed, answers = self._answer([requests[index] for index in mine], visual)
         self.relay.lockstep.finish()
-        own = computed, [answer._replace(request=mine[answer.request]) for answer in answers]
+        own = computed, [answer._replace(request=mine[answer.request]) for answer in answers], self.lower_states.news()
         completions: list[list[Completion]] = [[] for _ in requests]
-        for computed, answers in all_gather_objects(own, self.groups.cp):
+        everybody = all_gather_objects(own, self.groups.cp)
+        self.lower_states.heard([kept for _, _, kept in everybody])
+        for computed, answers, _ in everybody:
             self.counters.prompt_tokens_computed += computed
             for answer in answers:
                 completions[answer.request].append(_completion(requests[answer.request], answer))
@@ -91,8 +102,20 @@ class MegatronEngine:
             if wave.prefixes is not prefixes:
                 prefixes, blocks = wave.prefixes, []  # Free the last wave's before the next is computed.
                 blocks = self.prefill.blocks(prefixes, visual)
-            found += _answers(wave, self._decode(wave, requests, blocks))
+            border = BorderRows(len(wave)) if self.lower_states.recording else None
+            answers = self._decode(wave, requests, blocks, border)
+            own = list(_answers(wave, answers))
+            if border is not None:
+                self._keep(own, requests, answers.fed, border)
+            found += own
         return self.prefill.computed_tokens - before, found
+
+    def _keep(self, found: Sequence[_Answer], requests: Sequence[Request], fed: np.ndarray, border: BorderRows) -> None:
+        """Keep the states of a wave's lanes, in lane order."""
+        for lane, answer in enumerate(found):
+            request = requests[answer.request]
+            key = _state_key(request.prompt, (*request.prior, Segment(answer.token_ids)))
+            self.lower_states.keep(key, int(fed[lane]), border.ended.pop(lane, None))
 
     def _check(self, request: Request, visual: VisualSource | None) -> None:
         """Refuse a request before any work is done."""
@@ -117,31 +140,38 @@ class MegatronEngine:
         if len(prompt.visual_index) and visual is None:
             raise ValueError(f"visual: not given, but prompt {prompt.key!r} has media")
 
-    def _decode(self, wave: Wave, requests: Sequence[Request], blocks: Sequence[PrefixBlock]) -> Answers:
-        """Step all lanes of a wave until each has ended."""
+    def _decode(self, wave: Wave, requests: Sequence[Request], blocks: Sequence[PrefixBlock],
+                border: BorderRows | None) -> Answers:
+        """Step all lanes of a wave until each has ended; ``border`` takes their states where adapters begin."""
         state = DecodeState(wave, requests, self.rules, self.seed, self.device)
         attention = DecodeAttention(blocks, wave.trunk, self.device, self.backbone.backend)
         experts, rows = wave.experts, state.first_rows
         while True:
             token_ids, position_ids = state.inputs(attention.own.length)
             attention.own.advance(rows)
-            hidden = self._forward(token_ids, position_ids, attention, _routing(experts, rows))
+            hidden = self._forward(token_ids, position_ids, attention, _routing(experts, rows), border)
             fed = attention.own.length
             sampled = self._sample(hidden, state, fed, rows)
             running = state.record(fed, sampled)
             if running == 0:
-                return state.answers()
+                answers = state.answers()
+                if border is not None:
+                    border.keep(NOBODY, answers.fed)
+                return answers
             if running <= COMPACT_AT * len(state.lanes):
                 kept = state.keep_running()
                 attention.keep(kept)
+                if border is not None:
+                    border.keep(kept, state.fed)
                 experts = _kept_experts(wave.experts, state.lanes)
             rows = 1
 
     def _forward(self, token_ids: Tensor, position_ids: Tensor, attention: DecodeAttention,
-                 routing: Sequence[tuple[str, slice]]) -> Tensor:
+                 routing: Sequence[tuple[str, slice]], border: BorderRows | None) -> Tensor:
         """[L c, 1, H] of this stage."""
+        at_border = None if border is None else border.append
         return self.relay.run([len(token_ids)] * len(self.backbone.chunks), lambda layers: self.backbone.forward_step(
-            token_ids, position_ids, attention, routing, layers))
+            token_ids, position_ids, attention, routing, layers, at_border))
 
     def _sample(self, hidden: Tensor, state: DecodeState, fed: int, rows: int) -> Tensor:
         """[3, L] float64 for ``DecodeState.record``, the same on every rank of the replica."""
@@ -186,6 +216,11 @@ def _answers(wave: Wave, answers: Answers) -> Iterator[_Answer]:
     for lane, (index, number) in enumerate(zip(wave.request.tolist(), wave.sample.tolist())):
         segment = (column[lane, :answers.lengths[lane]].tolist() for column in columns)
         yield _Answer(index, number, *segment, "stop" if answers.stopped[lane] else "length")
+
+
+def _state_key(prompt: Prompt, segments: Sequence[Segment]) -> StateKey:
+    """Name of the states of a completion of these segments."""
+    return prompt.content_hash, tuple(token for segment in segments for token in segment.token_ids)
 
 
 def _completion(request: Request, answer: _Answer) -> Completion:

@@ -9,7 +9,7 @@ all experts, and is kept with the hidden states that leave it, from which any ex
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +27,7 @@ from copd_megatron.platform import device
 from copd_megatron.rollout.engine import VisualSource
 from copd_megatron.rollout.kv_cache import PrefixBlock, joined_block, prefix_blocks, similar_lengths
 from copd_megatron.rollout.lanes import Prefixes
+from copd_megatron.rollout.lower_states import LowerStates
 from copd_megatron.rollout.prefix_store import (
     PrefixCounters,
     PrefixKey,
@@ -42,8 +43,8 @@ from copd_megatron.types import Prompt
 class Prefill:
     """Evaluates prefixes on this rank's shards; all ranks of a replica (of a context rank) make the same calls."""
 
-    def __init__(self, backbone: Backbone, groups: Groups, config: RolloutConfig):
-        self.backbone, self.groups = backbone, groups
+    def __init__(self, backbone: Backbone, groups: Groups, config: RolloutConfig, lower_states: LowerStates):
+        self.backbone, self.groups, self.lower_states = backbone, groups, lower_states
         self.relay = StageRelay(backbone, groups)
         rules = backbone.rules
         # The naive engine differs in one thing: equal prefixes are evaluated again for every completion.
@@ -102,6 +103,8 @@ class Prefill:
                 prompt, owner, key, entering, visual))
             layers |= part.layers
             hidden = part.hidden
+            if key.end == self.rules.first_layer:
+                self.lower_states.keep((prompt.content_hash, None), key.tokens, hidden)
         return layers
 
     def bytes_of(self, prompt: Prompt) -> int:
@@ -170,16 +173,27 @@ class Prefill:
             groups = [_trunks_of(prefixes, slot) for slot in slots]
             pack = build_pack(groups, self.rules, device(), trunks_only=True)
             capture: dict[int, KV] = {}
+            border: list[Tensor] = []
             self.relay.run([pack.level(max(chunk.start - 1, 0)).tokens for chunk in self.backbone.chunks],
-                           partial(self._run_trunks, pack, capture, visual))
+                           partial(self._run_trunks, pack, capture, visual, border))
+            if self.lower_states.recording:
+                self._keep_states(pack, border)
             numbers = {(place, owner): prefixes.numbers[slot, owner]
                        for place, slot in enumerate(slots) for owner in prefixes.owners[slot]}
             blocks += prefix_blocks(pack, capture, numbers)
             self._packed_tokens += sum(pack.level(layer).tokens for layer in range(self.layers)) / self.layers
         return blocks
 
-    def _run_trunks(self, pack: Pack, capture: dict[int, KV], visual: VisualSource | None, chunk: range) -> Tensor:
-        return self.backbone(pack, self._features(pack, chunk, visual), capture, layers=chunk)
+    def _run_trunks(self, pack: Pack, capture: dict[int, KV], visual: VisualSource | None, border: list[Tensor],
+                    chunk: range) -> Tensor:
+        at_border = border.append if self.lower_states.recording else None
+        return self.backbone(pack, self._features(pack, chunk, visual), capture, layers=chunk, at_border=at_border)
+
+    def _keep_states(self, pack: Pack, border: Sequence[Tensor]) -> None:
+        """Keep what entered ``first_layer`` (on the stage that holds it) of every prompt of an evaluated pack."""
+        for place, rows in {place: lower for (place, _), (lower, _) in pack.trunk_rows.items()}.items():
+            states = border[0][rows.start:rows.stop].clone() if border else None
+            self.lower_states.keep((pack.prompts[place].content_hash, None), len(rows), states)
 
     def _pack_slots(self, prefixes: Prefixes) -> Iterator[list[int]]:
         """Prompts to evaluate together: as many as ``rollout.max_prompt_tokens`` holds, at least one."""

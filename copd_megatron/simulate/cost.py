@@ -10,8 +10,8 @@
                 reads those that some lane has chosen
     step        the slowest replica of each phase, as phases end with collectives over all replicas
 
-Operations are those of `flops` (prefix sharing included). Not counted: data loading, rewards, the vision tower,
-metrics, evaluation and saves.
+Operations are those of `flops` (prefix sharing and states kept from the rollout included). Not counted: data loading,
+rewards, the vision tower, metrics, evaluation and saves.
 """
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from copd_megatron.parallel.placement import Placement
 from copd_megatron.simulate.flops import (
     Flops,
     PassStreams,
+    Stream,
     UpdateShape,
     pass_flops,
     pass_streams,
@@ -31,6 +32,7 @@ from copd_megatron.simulate.flops import (
 )
 from copd_megatron.simulate.hardware import Hardware
 from copd_megatron.simulate.job import Group, Job
+from copd_megatron.simulate.lower_states import kept_share, sampled_here
 from copd_megatron.simulate.memory import MOE_EXPERTS, adapter_bytes, backbone_bytes
 from copd_megatron.simulate.traffic import chosen, transfers
 
@@ -75,29 +77,44 @@ def assumptions(hardware: Hardware, dtype: str) -> list[str]:
     ]
 
 
-def step_flops(job: Job, placement: Placement, replica: int, opd: bool = True) -> dict[str, Flops]:
-    """Operations of one replica's step: phase (rollout, score, update) -> operations of all its ranks together."""
+def step_flops(job: Job, placement: Placement, replica: int, opd: bool = True,
+               context: int = 1) -> dict[str, Flops]:
+    """Operations of one replica's step: phase (rollout, score, update) -> operations of all its ranks together.
+
+    ``context``: CP, as each context rank keeps states of its own prompts.
+    """
     total = {"rollout": Flops(), "score": Flops(), "update": Flops()}
     groups = job.groups(placement, replica, opd)
+    room = kept_share(job, placement, replica, context, opd)
     for group in job.decoded(groups):
         total["rollout"] += _pass(job, group.domain, True, backward=False) * group.count
     for group in groups:
-        total["update"] += _pass(job, group.domain, True, backward=True) * group.count
+        kept = room * sampled_here(job, placement, replica, group)
+        total["update"] += _pass(job, group.domain, True, True, kept) * group.count
         if group.edge is None:  # the KL to the backbone is always measured
-            total["score"] += _pass(job, group.domain, False, backward=False) * group.count
+            total["score"] += _pass(job, group.domain, False, False, kept) * group.count
     if opd:
-        for edge, _, host, prompts in transfers(job, placement):
+        for edge, student, host, prompts in transfers(job, placement):
             if host == replica:
-                total["score"] += _pass(job, edge.teacher, True, backward=False) * prompts
+                kept = room * (student == host) * sampled_here(job, placement, host, Group(
+                    edge.student, edge.teacher, prompts, edge))
+                total["score"] += _pass(job, edge.teacher, True, False, kept) * prompts
     return total
 
 
-def _pass(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
-    """One group of a domain under one policy."""
+def _pass(job: Job, domain: str, adapted: bool, backward: bool, kept: float = 0.0) -> Flops:
+    """One group of a domain under one policy; ``kept``: share of it that begins at ``first_layer``."""
+    if kept:
+        return _pass(job, domain, adapted, backward) * (1 - kept) + _from_kept(job, domain, adapted, backward) * kept
     key = ("pass", domain, adapted, backward)
     if key not in job.memo:
-        job.memo[key] = _computed_pass(job, domain, adapted, backward)
+        job.memo[key] = _computed_pass(job, _streams(job, domain), adapted, backward)
     return job.memo[key]
+
+
+def _from_kept(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
+    """The same with all that enters ``first_layer`` given."""
+    return _computed_pass(job, replace(_streams(job, domain), below=Stream()), adapted, backward)
 
 
 def _streams(job: Job, domain: str) -> PassStreams:
@@ -107,8 +124,7 @@ def _streams(job: Job, domain: str) -> PassStreams:
     return pass_streams(shape, job.adapter, 1, job.model.prefix_sharing)
 
 
-def _computed_pass(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
-    streams = _streams(job, domain)
+def _computed_pass(job: Job, streams: PassStreams, adapted: bool, backward: bool) -> Flops:
     if not adapted:
         streams = PassStreams(streams.below, streams.trunks, replace(streams.lanes, adapted=0), streams.scored)
     return pass_flops(job.spec, job.adapter, streams, backward)
@@ -140,7 +156,7 @@ def _replica_time(job: Job, layout: Layout, placement: Placement, replica: int, 
     groups = job.groups(placement, replica, opd)
     if not groups:
         return 0.0, 0.0, 0.0
-    flops = step_flops(job, placement, replica, opd)
+    flops = step_flops(job, placement, replica, opd, layout.cp)
     batches = job.microbatches(groups)
     rows = sum(batch.tokens for batch in batches)
     forward = sum((_pass(job, group.domain, True, backward=False) * group.count for group in groups), Flops())

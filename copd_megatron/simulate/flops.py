@@ -23,12 +23,12 @@ Norms, rotary angles, the embedding and padding are left out.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from copd_megatron.config.model import AdapterConfig
-from copd_megatron.model.shared_prefix import LeafGroup, PackRules
+from copd_megatron.model.shared_prefix import LeafGroup, PackRules, StateKey
 from copd_megatron.model.spec import BackboneSpec
 
 Way = Literal["naive", "per_expert", "shared"]
@@ -130,12 +130,14 @@ def pass_streams(shape: UpdateShape, adapter: AdapterConfig, experts: int, shari
     return PassStreams(below, Stream(trunk, _causal(trunk)), leaves, scored)
 
 
-def group_streams(group: LeafGroup, rules: PackRules, decoded: bool = False, outside: bool = False) -> PassStreams:
+def group_streams(group: LeafGroup, rules: PackRules, decoded: bool = False, outside: bool = False,
+                  kept: Container[StateKey] = ()) -> PassStreams:
     """Streams of one group as a pack holds it (``model.shared_prefix``): lanes of any lengths, under any experts.
 
     Args:
         decoded: lanes as they are sampled, which nobody can merge where they turn out equal.
         outside: the prompt's states come from elsewhere.
+        kept: states that are given where they enter ``first_layer``.
     """
     forced, ids = rules.forced(group.prompt), [tuple(leaf.token_ids) for leaf in group.leaves]
     trunk, everything = len(group.prompt.token_ids) - forced, rules.scope == "sequence"
@@ -146,16 +148,19 @@ def group_streams(group: LeafGroup, rules: PackRules, decoded: bool = False, out
                      Stream())
         return PassStreams(replace(copies, adapted=0), Stream(), copies, scored)
     upper, lower = (lanes, ids) if decoded else (dict.fromkeys(lanes), dict.fromkeys(ids))
+    lower = [content for content in lower if (group.prompt.content_hash, content) not in kept]
     leaves = sum((_leaf(trunk, forced, len(content), lane is not None) for lane, content in upper), Stream())
     below = sum((_leaf(trunk, forced, len(content), False) for content in lower), Stream())
     if outside:
         return PassStreams(below, Stream(), leaves, scored)
     prompt = Stream(trunk, _causal(trunk))
+    if lower or (group.prompt.content_hash, None) not in kept:
+        below += prompt
     if not everything:
-        return PassStreams(prompt + below, prompt, leaves, scored)
+        return PassStreams(below, prompt, leaves, scored)
     own = sum((replace(prompt, adapted=trunk * (lane is not None)) for lane in dict.fromkeys(e for e, _ in lanes)),
               Stream())
-    return PassStreams(prompt + below, Stream(), own + leaves, scored)
+    return PassStreams(below, Stream(), own + leaves, scored)
 
 
 def _leaf(trunk: int, forced: int, completion: int, adapted: bool) -> Stream:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -39,6 +40,7 @@ from copd_megatron.simulate.activations import (
     saved_bytes,
 )
 from copd_megatron.simulate.job import Job, Rows
+from copd_megatron.simulate.lower_states import kept_bytes
 
 STEP_BYTES = 4
 """Adam's count of updates, one float32 per parameter."""
@@ -163,12 +165,17 @@ def rank_memory(job: Job, layout: Layout, placement: Placement, replica: int, st
     batches = job.microbatches(job.groups(placement, replica))
     largest = max(batches, key=lambda rows: rows.tokens)
     decoding = _rollout_bytes(job, layout, placement, replica, stage, width)
+    kept, wave = {}, {}
+    if job.rollout.lower_states_bytes and job.adapter.first_layer in layers:
+        kept = {"lower states": kept_bytes(job, placement, replica, layout.cp)}
+        rows = _wave_rows(job, placement, replica).own / layout.cp
+        wave = {"lower states": kept["lower states"] + rows * width.hidden * width.item}
     # The merged policy concatenates the ranks of all experts, so it is as large as they are together.
     merged = (len(job.experts) - hosted + len(job.experts)) * one["adapters"] if len(job.experts) > 1 else 0
     return RankMemory(always, {
-        "rollout": decoding,
-        "score": {"guest adapters": foreign, **_score_bytes(job, layout, stage, largest, width)},
-        "update": _update_bytes(job, layout, stage, largest, len(batches), width),
+        "rollout": {**decoding, **wave},
+        "score": {"guest adapters": foreign, **_score_bytes(job, layout, stage, largest, width), **kept},
+        "update": {**_update_bytes(job, layout, stage, largest, len(batches), width), **kept},
         "evaluate": {"guest adapters": merged, **decoding},
     })
 
@@ -225,11 +232,17 @@ def own_capacity(forced: int, completion_tokens: int) -> int:
     return capacity
 
 
-def _rollout_bytes(job: Job, layout: Layout, placement: Placement, replica: int, stage: int,
-                   width: Width) -> dict[str, float]:
-    """The largest wave: one KV of every distinct prompt, one of every lane's own rows, the prefill that made it."""
-    layers = len(stage_layers(job.spec.num_layers, layout.pp, stage, layout.vp))
-    kv_row = 2 * width.kv * width.item * layers
+class _Wave(NamedTuple):
+    """The largest wave of a replica."""
+
+    own: int
+    """Rows that the lanes' own caches have room for."""
+    trunks: int
+    """Tokens of its prefixes."""
+    lanes: int
+
+
+def _wave_rows(job: Job, placement: Placement, replica: int) -> _Wave:
     own = trunks = lanes = 0
     limit = job.rollout.decode_lanes
     for group in job.decoded(job.groups(placement, replica)):
@@ -242,6 +255,15 @@ def _rollout_bytes(job: Job, layout: Layout, placement: Placement, replica: int,
         lanes += taken
         if lanes == limit:
             break
+    return _Wave(own, trunks, lanes)
+
+
+def _rollout_bytes(job: Job, layout: Layout, placement: Placement, replica: int, stage: int,
+                   width: Width) -> dict[str, float]:
+    """The largest wave: one KV of every distinct prompt, one of every lane's own rows, the prefill that made it."""
+    layers = len(stage_layers(job.spec.num_layers, layout.pp, stage, layout.vp))
+    kv_row = 2 * width.kv * width.item * layers
+    own, trunks, lanes = _wave_rows(job, placement, replica)
     vocab = job.spec.padded_vocab_size(layout.tp) // layout.tp
     last = stage == layout.pp - 1
     row = forward_row_bytes(width)

@@ -2,7 +2,8 @@
 
 Where no gradient flows into prefixes (scope ``completion``) and there is a store for them, they are taken from it, and
 packs hold completions only. What a run of the schedule needs is brought together before it, as its stages must not
-wait for each other within; microbatches are dealt out to as many runs as the store's budget makes necessary.
+wait for each other within; microbatches are dealt out to as many runs as the store's budget makes necessary. What
+enters ``adapter.first_layer`` and was kept by the step's rollout is not evaluated again.
 """
 from __future__ import annotations
 
@@ -40,18 +41,22 @@ class Runner:
 
     def __init__(self, backbone: Backbone, groups: Groups, visual: Callable[[Sequence[Prompt]], Visual | None],
                  prefill: Prefill | None = None):
-        """``prefill``: of the rollout engine, whose store serves here too where it can."""
+        """``prefill``: of the rollout engine, whose store and kept states serve here too where they can."""
         self.backbone, self.groups, self.visual, self.prefill = backbone, groups, visual, prefill
+        self.lower_states = None if prefill is None else prefill.lower_states
         self.on_run: Callable[[Sequence[Microbatch], bool], None] | None = None
         """Hears of every run before it starts: its microbatches, and whether they are differentiated (profiles)."""
-        self._tokens, self._naive_tokens = 0.0, 0
+        self._tokens, self._naive_tokens, self._kept_tokens, self._lower_tokens = 0.0, 0, 0, 0
 
     def work(self, part: str) -> dict[str, tuple[float, float]]:
-        """(sum, weight) of what was computed since the last call: ``tokens/{part}`` and the share that prefix
-        sharing saved."""
-        tokens, naive = float(self._tokens), float(self._naive_tokens)
-        self._tokens, self._naive_tokens = 0.0, 0
-        return {f"tokens/{part}": (tokens, 0.0), "tokens/saved_share": (naive - tokens, naive)}
+        """(sum, weight) of what was computed since the last call: ``tokens/{part}``, the share that prefix sharing
+        saved and, where states are kept from the rollout, the share of tokens that began at ``first_layer``."""
+        tokens, naive, kept = float(self._tokens), float(self._naive_tokens), float(self._kept_tokens)
+        sums = {f"tokens/{part}": (tokens, 0.0), "tokens/saved_share": (naive - tokens, naive)}
+        if self.lower_states is not None and self.lower_states.budget_bytes:
+            sums["tokens/kept_share"] = (kept, kept + self._lower_tokens)
+        self._tokens, self._naive_tokens, self._kept_tokens, self._lower_tokens = 0.0, 0, 0, 0
+        return sums
 
     def score(self, microbatches: Sequence[Microbatch], at_end: AtEnd) -> list[Any]:
         """Forward only. Returns what ``at_end`` returned per microbatch on the last stage, [] elsewhere."""
@@ -107,13 +112,15 @@ class Runner:
             number, layers = next(iterator)
             batch = batches[number]
             if layers is chunks[0]:
-                packs[number] = build_pack(batch.groups, model.rules, device(), share=model.share, outside=outside)
-                self._tokens += packs[number].upper.tokens
+                packs[number] = self._pack(batch, outside)
                 self._naive_tokens += packs[number].naive_tokens if number < len(microbatches) else 0
             pack = packs.pop(number) if layers is chunks[-1] else packs[number]
-            sees = not outside and stage_needs_features(model.spec, layers)
+            evaluated = range(max(layers.start, pack.begins), layers.stop)
+            sees = not outside and len(evaluated) and stage_needs_features(model.spec, evaluated)
+            begins = pack.kept is not None and pack.first_layer in layers
             out = model(pack, self.visual(pack.prompts) if sees else None,
-                        outside=[prefixes[prompt.content_hash] for prompt in pack.outside], layers=layers)
+                        outside=[prefixes[prompt.content_hash] for prompt in pack.outside], layers=layers,
+                        kept=self.lower_states.rows(pack.kept) if begins else None)
 
             def loss_of(hidden):
                 loss, result = at_end(hidden, pack, batch) if number < len(microbatches) else (None, None)
@@ -136,6 +143,16 @@ class Runner:
         results = forward_backward_pipelining_with_interleaving(
             data_iterator=turns, model=[backbone] * len(chunks), **common)
         return results[:len(microbatches)]
+
+    def _pack(self, batch: Microbatch, outside: bool) -> Pack:
+        """A microbatch laid out, and counted."""
+        backbone, states = self.backbone, self.lower_states
+        pack = build_pack(batch.groups, backbone.rules, device(), share=backbone.share, outside=outside,
+                          kept=None if states is None else states.owners)
+        self._tokens += pack.upper.tokens
+        self._kept_tokens += pack.kept.tokens if pack.kept is not None else 0
+        self._lower_tokens += pack.lower.tokens if pack.lower is not None else 0
+        return pack
 
     def _filled_up(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
         """The microbatches, and for the interleaved schedule, which wants a multiple of the stages, as many repetitions

@@ -58,6 +58,10 @@ class Trainer:
 
     def train_step(self, step: int, phase: str) -> dict[str, float]:
         """One update of every hosted expert; the step's metrics, the same on every rank."""
+        with self.runner.prefill.lower_states.step():
+            return self._train_step(step, phase)
+
+    def _train_step(self, step: int, phase: str) -> dict[str, float]:
         numbers, timers = StepMetrics(self.groups), self.timers
         edges = self.schedule.edges(step)
         samples = self.collect(step, edges, numbers)
@@ -95,6 +99,7 @@ class Trainer:
         numbers.add(cross_metrics(crossing))
         numbers.add(group_tokens(native + cross, native_groups + cross_groups))
         numbers.add({f"{e}/resampled_groups": (float(n), 0.0) for e, n in replaced.items()})
+        numbers.add(self.runner.prefill.lower_states.work())
         numbers.add({"tokens/step": (float(sum(s.length for s in samples + crossing)), 0.0)})
         if reusing:
             numbers.add({"tokens/reused": (float(sum(s.length for s in crossing)), 0.0)})
