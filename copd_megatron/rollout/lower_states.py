@@ -6,7 +6,8 @@ made them row by row, which rounds differently than a pack does: what begins fro
 to rounding, not to the bit.
 
 They lie on the pipeline stage that holds the layer, whole on each of its tensor-parallel ranks. Every rank of the
-replica knows what is kept and which context rank has it. What finds no room is evaluated when it is needed.
+replica knows what is kept and which context rank has it. What finds no room is evaluated when it is needed; prompts
+give way to completions, as a prompt is evaluated anyway while one of its completions is.
 """
 from __future__ import annotations
 
@@ -40,6 +41,7 @@ class LowerStates:
         self._states: dict[StateKey, Tensor] = {}
         self._owners: dict[StateKey, int] = {}
         self._new: list[StateKey] = []
+        self._new_prompts: list[StateKey] = []
 
     @property
     def owners(self) -> Mapping[StateKey, int]:
@@ -55,7 +57,7 @@ class LowerStates:
         finally:
             self.recording = False
             self.forget(list(self._owners.keys() | self._rows.keys()))
-            self._new = []
+            self.news()
 
     def keep(self, key: StateKey, rows: int, states: Tensor | None) -> None:
         """Keep one more while there is room.
@@ -64,17 +66,22 @@ class LowerStates:
             rows: of the states; counted on every stage, so that all keep the same.
             states: [rows, 1, H], not to be changed; None on stages that do not hold the layer.
         """
-        if not self.recording or key in self._rows or self.bytes + rows * self.row_bytes > self.budget_bytes:
+        if not self.recording or key in self._rows:
+            return
+        size, is_prompt = rows * self.row_bytes, key[1] is None
+        while self.bytes + size > self.budget_bytes and self._new_prompts and not is_prompt:
+            self.forget([self._new_prompts.pop()])  # the latest: completions of earlier ones are all here
+        if self.bytes + size > self.budget_bytes:
             return
         self._rows[key] = rows
-        self.bytes += rows * self.row_bytes
-        self._new.append(key)
+        self.bytes += size
+        (self._new_prompts if is_prompt else self._new).append(key)
         if states is not None:
             self._states[key] = states
 
     def news(self) -> list[StateKey]:
         """What was kept here since the last call, to be told to the other context ranks."""
-        new, self._new = self._new, []
+        new, self._new, self._new_prompts = self._new + self._new_prompts, [], []
         return new
 
     def heard(self, news: Iterable[Iterable[StateKey]]) -> None:

@@ -32,7 +32,7 @@ from copd_megatron.simulate.flops import (
 )
 from copd_megatron.simulate.hardware import Hardware
 from copd_megatron.simulate.job import Group, Job
-from copd_megatron.simulate.lower_states import kept_share, sampled_here
+from copd_megatron.simulate.lower_states import kept_shares, sampled_here
 from copd_megatron.simulate.memory import MOE_EXPERTS, adapter_bytes, backbone_bytes
 from copd_megatron.simulate.traffic import chosen, transfers
 
@@ -85,36 +85,45 @@ def step_flops(job: Job, placement: Placement, replica: int, opd: bool = True,
     """
     total = {"rollout": Flops(), "score": Flops(), "update": Flops()}
     groups = job.groups(placement, replica, opd)
-    room = kept_share(job, placement, replica, context, opd)
+    room = kept_shares(job, placement, replica, context, opd)
     for group in job.decoded(groups):
         total["rollout"] += _pass(job, group.domain, True, backward=False) * group.count
     for group in groups:
-        kept = room * sampled_here(job, placement, replica, group)
-        total["update"] += _pass(job, group.domain, True, True, kept) * group.count
+        here = sampled_here(job, placement, replica, group)
+        total["update"] += _trained_pass(job, group.domain, True, True, room, here) * group.count
         if group.edge is None:  # the KL to the backbone is always measured
-            total["score"] += _pass(job, group.domain, False, False, kept) * group.count
+            total["score"] += _trained_pass(job, group.domain, False, False, room, here) * group.count
     if opd:
         for edge, student, host, prompts in transfers(job, placement):
             if host == replica:
-                kept = room * (student == host) * sampled_here(job, placement, host, Group(
-                    edge.student, edge.teacher, prompts, edge))
-                total["score"] += _pass(job, edge.teacher, True, False, kept) * prompts
+                group = Group(edge.student, edge.teacher, prompts, edge)
+                here = (student == host) * sampled_here(job, placement, host, group)
+                total["score"] += _trained_pass(job, edge.teacher, True, False, room, here) * prompts
     return total
 
 
-def _pass(job: Job, domain: str, adapted: bool, backward: bool, kept: float = 0.0) -> Flops:
-    """One group of a domain under one policy; ``kept``: share of it that begins at ``first_layer``."""
-    if kept:
-        return _pass(job, domain, adapted, backward) * (1 - kept) + _from_kept(job, domain, adapted, backward) * kept
-    key = ("pass", domain, adapted, backward)
+def _trained_pass(job: Job, domain: str, adapted: bool, backward: bool, room: tuple[float, float],
+                  here: float) -> Flops:
+    """The same in scoring or update, where what was kept is not evaluated again.
+
+    Args:
+        room: shares of completions and of prompts that were kept.
+        here: share of the group that this replica sampled.
+    """
+    completions, prompts = here * room[0], here * room[1]  # prompts are kept where all completions are
+    shares = {"nothing": 1 - completions, "completions": completions - prompts, "all": prompts}
+    return sum((_pass(job, domain, adapted, backward, kept) * share for kept, share in shares.items()), Flops())
+
+
+def _pass(job: Job, domain: str, adapted: bool, backward: bool, kept: str = "nothing") -> Flops:
+    """One group of a domain under one policy; ``kept``: what is given where it enters ``first_layer``."""
+    key = ("pass", domain, adapted, backward, kept)
     if key not in job.memo:
-        job.memo[key] = _computed_pass(job, _streams(job, domain), adapted, backward)
+        streams = _streams(job, domain)
+        prefix = job.prompts[domain].tokens - job.forced(domain)
+        below = {"nothing": streams.below, "completions": Stream(prefix, prefix * (prefix + 1) // 2), "all": Stream()}
+        job.memo[key] = _computed_pass(job, replace(streams, below=below[kept]), adapted, backward)
     return job.memo[key]
-
-
-def _from_kept(job: Job, domain: str, adapted: bool, backward: bool) -> Flops:
-    """The same with all that enters ``first_layer`` given."""
-    return _computed_pass(job, replace(_streams(job, domain), below=Stream()), adapted, backward)
 
 
 def _streams(job: Job, domain: str) -> PassStreams:

@@ -1,8 +1,7 @@
 """How much of a step begins at ``adapter.first_layer``, from states that its rollout kept, and what they take.
 
 A kept row is hidden size numbers. Kept are the rows that decoding feeds to the layers (a completion of R tokens has
-f + R - 1), and prompts, each once per replica, unless the prefix store serves training. While there is no room for all
-rows, each is as likely to have found some.
+f + R - 1), then, as far as there is room, prompts, each once per replica, unless the prefix store serves training.
 """
 from __future__ import annotations
 
@@ -11,10 +10,8 @@ from copd_megatron.parallel.placement import Placement
 from copd_megatron.simulate.job import Group, Job
 
 
-def wanted_bytes(job: Job, placement: Placement, replica: int, context: int, opd: bool = True) -> float:
-    """Bytes of all rows that a context rank of this replica could keep in a step."""
-    if not job.rollout.lower_states_bytes:
-        return 0.0
+def wanted_bytes(job: Job, placement: Placement, replica: int, context: int, opd: bool = True) -> tuple[float, float]:
+    """Bytes of all completions and of all prompts that a context rank of this replica could keep in a step."""
     rows, prompts = 0, {}
     for group in job.decoded(job.groups(placement, replica, opd)):
         own = job.rows(group.domain, job.rollout.group_size)
@@ -22,19 +19,24 @@ def wanted_bytes(job: Job, placement: Placement, replica: int, context: int, opd
         # Students answer prompts of a native batch.
         prompts[group.domain] = max(prompts.get(group.domain, 0), group.count * own.trunk)
     stored = job.rollout.prefix_store_bytes > 0 and job.adapter.scope == "completion"
-    rows += 0 if stored else sum(prompts.values())
-    return rows / context * job.spec.hidden_size * DTYPES[job.model.dtype].itemsize
+    row = job.spec.hidden_size * DTYPES[job.model.dtype].itemsize / context
+    return rows * row, 0.0 if stored else sum(prompts.values()) * row
 
 
 def kept_bytes(job: Job, placement: Placement, replica: int, context: int) -> float:
     """Bytes that a rank of the stage that holds ``first_layer`` keeps at most."""
-    return min(job.rollout.lower_states_bytes, wanted_bytes(job, placement, replica, context))
+    return min(job.rollout.lower_states_bytes, sum(wanted_bytes(job, placement, replica, context)))
 
 
-def kept_share(job: Job, placement: Placement, replica: int, context: int, opd: bool = True) -> float:
-    """Share of the rows of a step's rollout that find room."""
-    wanted = wanted_bytes(job, placement, replica, context, opd)
-    return min(1.0, job.rollout.lower_states_bytes / wanted) if wanted else 0.0
+def kept_shares(job: Job, placement: Placement, replica: int, context: int, opd: bool = True) -> tuple[float, float]:
+    """Shares of a step's completions and prompts that find room."""
+    room = job.rollout.lower_states_bytes
+    if not room:
+        return 0.0, 0.0
+    completions, prompts = wanted_bytes(job, placement, replica, context, opd)
+    if room < completions:
+        return room / completions, 0.0
+    return 1.0, min(1.0, (room - completions) / prompts) if prompts else 1.0
 
 
 def sampled_here(job: Job, placement: Placement, replica: int, group: Group) -> float:
