@@ -23,6 +23,12 @@ def run(*experts: str, **sections) -> RunConfig:
      r"^model\.fp8: te_blockwise with model\.dtype=float32; bfloat16 is allowed; set model\.dtype=bfloat16"),
     (["rollout.prefix_store_bytes=9", "parallel.context=2", "parallel.moe_expert=2"],
      r"^rollout\.prefix_store_bytes: 9 with MoE experts spread over parallel\.context=2 ranks, .*parallel\.context=1"),
+    (["rollout.lower_states_bytes=9"],
+     r"^rollout\.lower_states_bytes: 9 with adapter\.first_layer=0, below .*, or adapter\.first_layer above 0"),
+    (["rollout.lower_states_bytes=9", "adapter.first_layer=1", "model.prefix_sharing=false"],
+     r"^rollout\.lower_states_bytes: 9 with model\.prefix_sharing=false, which .*; set one of the two"),
+    (["rollout.lower_states_bytes=9", "adapter.first_layer=1", "model.fp8=te_current"],
+     r"^rollout\.lower_states_bytes: 9 with model\.fp8=te_current, whose .*model\.fp8=te_blockwise or frozen_rowwise"),
     (["rlvr.dual_clip=3", "rlvr.loss=cispo"], r"^rlvr\.dual_clip: 3\.0 with rlvr\.loss=cispo"),
     (["rlvr.overlong_buffer_tokens=65", "rollout.max_completion_tokens=64"],
      r"^rlvr\.overlong_buffer_tokens: 65; at most rollout\.max_completion_tokens, 64"),
@@ -58,7 +64,8 @@ def test_sections_that_do_not_fit(overrides, message):
     ['schedule.rl_steps_of={"image": 0}'], ["schedule.enter_overlap=0.8", "schedule.leave_overlap=0.8"],
     ["schedule.rl_length=[2,2]"], ['exchange.frozen_teachers={"old": "/a"}'],
     ["merge.rule=weighted", 'merge.weights={"text": 1, "image": -0.5}'], ["merge.rule=concat"],
-    ["evaluation.samples=2", "evaluation.greedy=false"], ["exchange.hub=image"]])
+    ["evaluation.samples=2", "evaluation.greedy=false"], ["exchange.hub=image"],
+    ["rollout.lower_states_bytes=9", "adapter.first_layer=1", "model.fp8=frozen_rowwise"]])
 def test_their_neighbours_fit(overrides):
     apply_overrides(run(), overrides)
 

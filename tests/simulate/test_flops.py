@@ -122,6 +122,13 @@ def test_streams_of_ragged_lanes_are_those_of_the_pack(scope, first_layer, shari
         alone = group_streams(group, rules, outside=True)
         assert _in_level(outside.upper) == (alone.lanes.tokens, alone.lanes.pairs, alone.lanes.adapted)
         assert alone.trunks == Stream()
+    if sharing and first_layer:
+        whole = dict.fromkeys([("1", None), ("1", (7, 8)), ("1", (9,) * 5), ("1", (11,))], 0)
+        for kept in ({("1", None): 0, ("1", (7, 8)): 0}, {k: 0 for k in whole if k[1]}, whole):
+            below = group_streams(group, rules, kept=kept).below
+            assert _in_level(build_pack([group], rules, CPU, kept=kept).lower) == (below.tokens, below.pairs, 0)
+            assert below.tokens < streams.below.tokens
+        assert below == Stream()
     if sharing:  # sampled lanes are decoded each on its own
         decoded = group_streams(group, rules, decoded=True)
         twin = group_streams(LeafGroup(group.prompt, lanes[:1]), rules, outside=True).lanes

@@ -72,6 +72,10 @@ def test_phases_add_up_and_every_number_has_its_key(tool, recipe, capsys):
     {"adapter": {"first_layer": 1}},
     {"adapter": {"scope": "completion"}, "rollout": {"prefix_store_bytes": 10**9}},
     {"adapter": {"scope": "completion"}, "rollout": {"prefix_store_bytes": 1}},
+    {"adapter": {"first_layer": 2}, "rollout": {"lower_states_bytes": 10**9}},
+    {"adapter": {"first_layer": 2}, "rollout": {"lower_states_bytes": 20_000}},
+    {"adapter": {"first_layer": 3, "scope": "completion"},
+     "rollout": {"lower_states_bytes": 10**9, "prefix_store_bytes": 10**9}},
 ])
 def test_operations_are_those_of_the_matrix_products_that_ran(tool, tmp_path, sections):
     # Step 1 measures no agreement of experts, whose scores pass the head more than once.
@@ -92,6 +96,30 @@ def test_operations_are_those_of_the_matrix_products_that_ran(tool, tmp_path, se
     kinds = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)  # attention is an operator of its own
     products = sum(n for op, n in ran.items() if op in kinds)
     assert products == pytest.approx(total.linears + total.adapters + total.head, rel=1e-12)
+    if "lower_states_bytes" in sections.get("rollout", {}):
+        assert 0.2 < metrics["tokens/kept_share"] <= 1
+
+
+def test_layers_below_what_was_kept_compute_nothing(tool, tmp_path):
+    """With first_layer at half depth scoring and update each lose the forward of two layers of four, by count and by
+    what torch dispatched; the rollout loses nothing."""
+    counted, products = {}, {}
+    for budget in (0, 10**9):
+        config = toy_config("qwen3", experts=("text", "image"), adapter={"first_layer": 2},
+                            rollout={"lower_states_bytes": budget}, metrics={"overlap_every": 2})
+        with toy_trainer(config, tmp_path / str(budget)) as trainer:
+            work = tool.StepWork(trainer)
+            with FlopCounterMode(display=False) as counter:
+                trainer.train_step(1, "rlvr")
+            counted[budget], products[budget] = work.collect(), counter.get_flop_counts()["Global"]
+            spec = trainer.runner.backbone.spec
+    computed, kept = counted.values()
+    assert spec.num_layers == 4 and kept["rollout"] == computed["rollout"]
+    saved = [computed[phase] + kept[phase] * -1 for phase in ("score", "update")]
+    assert all(one.adapters == one.head == 0 < one.linears for one in saved)
+    assert saved[0].linears > 0.35 * computed["score"].linears
+    mm = [ran[torch.ops.aten.mm] for ran in products.values()]
+    assert mm[0] - mm[1] == pytest.approx(saved[0].linears + saved[1].linears, rel=1e-9)
 
 
 def test_the_innermost_range_counts(tool):

@@ -83,6 +83,7 @@ LAYOUTS = {  # ranks -> (parallel section, sections, share of what is kept, or N
         ({"pipeline": 2}, {"adapter": COMPLETION, "rollout": {"prefix_store_bytes": AMPLE}}, 1),
         ({"context": 2}, {}, 1),
         ({"context": 2}, {"adapter": COMPLETION, "rollout": {"lower_states_bytes": 6_000}}, None),
+        ({"context": 2, "moe_expert": 2}, {"family": "qwen3_moe"}, 1),
         ({}, {}, None), ({}, {"opd": {"rollouts": "native"}, "exchange": {"transport": "scatter"}}, None)],
     3: [({"pipeline": 3, "virtual_pipeline": 2}, {"adapter": {"first_layer": 3}}, 1)],
     4: [({"tensor": 2, "context": 2, "sequence_parallel": True}, {"rollout": {"lower_states_bytes": 6_000}}, None),
@@ -93,8 +94,10 @@ CASES = [(world, number) for world, layouts in LAYOUTS.items() for number in ran
 
 def layout_config(parallel, sections, kept=True):
     """An OPD step of three experts; seven layers, so that of two or more stages the first holds none above."""
-    merged = {"model": {"path": str(tiny_model("qwen3", num_hidden_layers=7)), "dtype": "float64"},
-              "adapter": {"rank": 3, "alpha": 6.0, "first_layer": 4},
+    sections = dict(sections)
+    family = sections.pop("family", "qwen3")
+    merged = {"model": {"path": str(tiny_model(family, num_hidden_layers=7)), "dtype": "float64"},
+              "adapter": {"rank": 3, "alpha": 6.0, "first_layer": 4, "targets": ("q_proj", "o_proj")},
               "optimizer": {"lr": 1e-2, "warmup_steps": 2, "microbatch_tokens": 60},
               "rollout": {"prompts_per_step": 2, "group_size": 2, "max_completion_tokens": 3,
                           "lower_states_bytes": AMPLE},
