@@ -18,18 +18,18 @@ def recipe() -> RunConfig:
     return RunConfig(
         model={"path": "../backbones/smollm2-135m-instruct", "dtype": "bfloat16",
                "head_chunk_tokens": 512},
-        experts={task.domain: {"task": task, "task_args": {"levels": [level], "held_out_size": 384},
+        experts={task.domain: {"task": task, "task_args": {"levels": [level], "held_out_size": 192},
                                "rewards": rewards}
                  for task, level, rewards in ((Addition, 1, {"accuracy": {}, "closeness": {"weight": 0.5}}),
                                               (Reversing, 2, {"accuracy": {}}), (Comparing, 2, {"accuracy": {}}))},
         # A small model wants larger steps than the defaults, which are for billions of parameters.
         adapter={"rank": 16, "alpha": 32.0},
-        optimizer={"lr": 7e-4, "warmup_steps": 3, "betas": (0.9, 0.95), "microbatch_tokens": 2048},
+        optimizer={"lr": 5e-4, "warmup_steps": 3, "betas": (0.9, 0.95), "microbatch_tokens": 2048},
         rollout={"prompts_per_step": 16, "group_size": 8, "max_completion_tokens": 12},
-        schedule={"cycles": 4, "rl_steps": 3, "opd_steps": 2},
+        schedule={"cycles": 4, "rl_steps": 3, "opd_steps": 3},
         exchange={"topology": "hub", "hub": "addition"},
         opd={"signal": "topk", "topk": 16},
-        evaluation={"every": 0, "final_prompts": 384},
+        evaluation={"every": 0, "final_prompts": 192},
         checkpoint={"every": 10},
         metrics={"overlap_tokens": 128, "overlap_every": 5},
     )

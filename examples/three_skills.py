@@ -37,8 +37,8 @@ def in_words(number: int) -> str:
 
 
 def addition(rng: np.random.Generator, level: int) -> Question:
-    """Level 1: 1 to 99 and 1 to 9, in either order; 2: both of two digits; 3: three digits and two."""
-    first, second = (((1, 100), (1, 10)), ((10, 100), (10, 100)), ((100, 1000), (10, 100)))[level - 1]
+    """Level 1: 1 to 49 and 1 to 9, in either order; 2: both of two digits; 3: three digits and two."""
+    first, second = (((1, 50), (1, 10)), ((10, 100), (10, 100)), ((100, 1000), (10, 100)))[level - 1]
     numbers = [int(rng.integers(*first)), int(rng.integers(*second))]
     rng.shuffle(numbers)
     return Question(f"{numbers[0]} + {numbers[1]}", str(sum(numbers)))
