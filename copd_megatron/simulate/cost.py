@@ -1,7 +1,9 @@
 """Seconds of a step, by phase, from operations, bytes and what the hardware reaches of its peaks.
 
-    compute     matrix products / (peak x achieved), attention at its own share, spread over TP x CP and stages
-    pipeline    (m + PP - 1) / m for m microbatches; the longest stage counts, the head is the last stage's
+    compute     matrix products / (peak x achieved), attention at its own share, spread over TP x CP; each stage has
+                the operations of its own layers: those above `adapter.first_layer` have all the backward, and all the
+                forward where states below are kept; the head is the last stage's
+    pipeline    the longest stage's time for m microbatches, and every other stage's for one
     decoding    per step the larger of: reading the weights and the KV, computing, launching the operations
     collectives latency + bytes a rank sends / bandwidth, nothing overlaps; TP groups lie within a node while they fit
     recompute   the operations, launches and gathers that the backward does again: with `full` those of all layers above
@@ -15,7 +17,7 @@ rewards, the vision tower, metrics, evaluation and saves.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from copd_megatron.model.backbone import DTYPES, stage_layers
@@ -29,6 +31,7 @@ from copd_megatron.simulate.flops import (
     pass_flops,
     pass_streams,
     recomputed_flops,
+    split_at,
 )
 from copd_megatron.simulate.hardware import Hardware
 from copd_megatron.simulate.job import Group, Job
@@ -77,33 +80,36 @@ def assumptions(hardware: Hardware, dtype: str) -> list[str]:
     ]
 
 
-def step_flops(job: Job, placement: Placement, replica: int, opd: bool = True,
-               context: int = 1) -> dict[str, Flops]:
+def step_flops(job: Job, placement: Placement, replica: int, opd: bool = True, context: int = 1,
+               layers: Sequence[int] | None = None) -> dict[str, Flops]:
     """Operations of one replica's step: phase (rollout, score, update) -> operations of all its ranks together.
 
-    ``context``: CP, as each context rank keeps states of its own prompts.
+    Args:
+        context: CP, as each context rank keeps states of its own prompts.
+        layers: only these, and the head if the last is among them; None: all.
     """
     total = {"rollout": Flops(), "score": Flops(), "update": Flops()}
     groups = job.groups(placement, replica, opd)
     room = kept_shares(job, placement, replica, context, opd)
+    chosen_layers = None if layers is None else tuple(layers)
     for group in job.decoded(groups):
-        total["rollout"] += _pass(job, group.domain, True, backward=False) * group.count
+        total["rollout"] += _pass(job, group.domain, True, False, chosen_layers) * group.count
     for group in groups:
         here = sampled_here(job, placement, replica, group)
-        total["update"] += _trained_pass(job, group.domain, True, True, room, here) * group.count
+        total["update"] += _trained_pass(job, group.domain, True, True, room, here, chosen_layers) * group.count
         if group.edge is None:  # the KL to the backbone is always measured
-            total["score"] += _trained_pass(job, group.domain, False, False, room, here) * group.count
+            total["score"] += _trained_pass(job, group.domain, False, False, room, here, chosen_layers) * group.count
     if opd:
         for edge, student, host, prompts in transfers(job, placement):
             if host == replica:
                 group = Group(edge.student, edge.teacher, prompts, edge)
                 here = (student == host) * sampled_here(job, placement, host, group)
-                total["score"] += _trained_pass(job, edge.teacher, True, False, room, here) * prompts
+                total["score"] += _trained_pass(job, edge.teacher, True, False, room, here, chosen_layers) * prompts
     return total
 
 
-def _trained_pass(job: Job, domain: str, adapted: bool, backward: bool, room: tuple[float, float],
-                  here: float) -> Flops:
+def _trained_pass(job: Job, domain: str, adapted: bool, backward: bool, room: tuple[float, float], here: float,
+                  layers: tuple[int, ...] | None) -> Flops:
     """The same in scoring or update, where what was kept is not evaluated again.
 
     Args:
@@ -112,17 +118,23 @@ def _trained_pass(job: Job, domain: str, adapted: bool, backward: bool, room: tu
     """
     completions, prompts = here * room[0], here * room[1]  # prompts are kept where all completions are
     shares = {"nothing": 1 - completions, "completions": completions - prompts, "all": prompts}
-    return sum((_pass(job, domain, adapted, backward, kept) * share for kept, share in shares.items()), Flops())
+    return sum((_pass(job, domain, adapted, backward, layers, kept) * share for kept, share in shares.items()),
+               Flops())
 
 
-def _pass(job: Job, domain: str, adapted: bool, backward: bool, kept: str = "nothing") -> Flops:
-    """One group of a domain under one policy; ``kept``: what is given where it enters ``first_layer``."""
-    key = ("pass", domain, adapted, backward, kept)
+def _pass(job: Job, domain: str, adapted: bool, backward: bool, layers: tuple[int, ...] | None,
+          kept: str = "nothing") -> Flops:
+    """One group of a domain under one policy, in some layers; ``kept``: what is given where it enters
+    ``first_layer``."""
+    key = ("pass", domain, adapted, backward, kept, layers)
     if key not in job.memo:
         streams = _streams(job, domain)
         prefix = job.prompts[domain].tokens - job.forced(domain)
         below = {"nothing": streams.below, "completions": Stream(prefix, prefix * (prefix + 1) // 2), "all": Stream()}
-        job.memo[key] = _computed_pass(job, replace(streams, below=below[kept]), adapted, backward)
+        streams = replace(streams, below=below[kept])
+        if not adapted:
+            streams = replace(streams, lanes=replace(streams.lanes, adapted=0))
+        job.memo[key] = pass_flops(job.spec, job.adapter, streams, backward, layers=layers)
     return job.memo[key]
 
 
@@ -131,12 +143,6 @@ def _streams(job: Job, domain: str) -> PassStreams:
     lengths = job.prompts[domain]
     shape = UpdateShape(lengths.tokens, job.completion_tokens, job.rollout.group_size, 1, lengths.header_tokens)
     return pass_streams(shape, job.adapter, 1, job.model.prefix_sharing)
-
-
-def _computed_pass(job: Job, streams: PassStreams, adapted: bool, backward: bool) -> Flops:
-    if not adapted:
-        streams = PassStreams(streams.below, streams.trunks, replace(streams.lanes, adapted=0), streams.scored)
-    return pass_flops(job.spec, job.adapter, streams, backward)
 
 
 def step_time(job: Job, layout: Layout, placement: Placement, hardware: Hardware, transport: str = "scatter",
@@ -165,76 +171,123 @@ def _replica_time(job: Job, layout: Layout, placement: Placement, replica: int, 
     groups = job.groups(placement, replica, opd)
     if not groups:
         return 0.0, 0.0, 0.0
-    flops = step_flops(job, placement, replica, opd, layout.cp)
     batches = job.microbatches(groups)
-    rows = sum(batch.tokens for batch in batches)
-    forward = sum((_pass(job, group.domain, True, backward=False) * group.count for group in groups), Flops())
-    scored_rows = rows * flops["score"].total / max(1.0, forward.total)
-    again = sum((recomputed_flops(job.spec, job.adapter, _streams(job, group.domain), job.model.recompute) * group.count
-                 for group in groups), Flops())
-    update = _pipeline_time(job, layout, hardware, flops["update"] + again, len(batches), rows, backward=True)
-    score = _pipeline_time(job, layout, hardware, flops["score"], len(batches), scored_rows, backward=False)
-    return _rollout_time(job, layout, hardware, job.decoded(groups), flops["rollout"]), score, update
+    stages = [stage_layers(job.spec.num_layers, layout.pp, stage, layout.vp) for stage in range(layout.pp)]
+    flops = [step_flops(job, placement, replica, opd, layout.cp, layers) for layers in stages]
+    again = [sum((recomputed_flops(job.spec, job.adapter, _streams(job, group.domain), job.model.recompute, layers)
+                  * group.count for group in groups), Flops()) for layers in stages]
+    rows = _rows(job, placement, replica, opd, layout.cp, sum(batch.tokens for batch in batches))
+    update = _Work([own["update"] + more for own, more in zip(flops, again)], *rows["update"], len(batches), True)
+    score = _Work([own["score"] for own in flops], *rows["score"], len(batches), False)
+    rollout = sum((own["rollout"] for own in flops), Flops())
+    return (_rollout_time(job, layout, hardware, job.decoded(groups), rollout),
+            *(_pipeline_time(job, layout, hardware, work, stages) for work in (score, update)))
 
 
-def _compute_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops) -> float:
-    """Seconds of the longest stage, without the pipeline's bubble."""
+@dataclass(frozen=True)
+class _Work:
+    """What all microbatches of scoring or update do."""
+
+    flops: list[Flops]
+    """Of each stage."""
+    rows_below: float
+    """That pass each layer below ``first_layer``."""
+    rows_above: float
+    """That pass each of the others."""
+    batches: int
+    backward: bool
+
+
+def _rows(job: Job, placement: Placement, replica: int, opd: bool, context: int,
+          rows: int) -> dict[str, tuple[float, float]]:
+    """Phase -> rows that pass a layer below ``first_layer``, and another: as the operations are to those of one
+    forward of the update's ``rows`` rows, from the lowest layer, by one policy."""
+    found: dict[str, list[float]] = {"score": [], "update": []}
+    groups = job.groups(placement, replica, opd)
+    for layers in split_at(job.adapter.first_layer, range(job.spec.num_layers)):
+        flops = step_flops(job, placement, replica, opd, context, layers)
+        one = sum(_pass(job, group.domain, True, False, tuple(layers)).linears * group.count for group in groups)
+        for phase, own in found.items():
+            own.append(rows * flops[phase].linears / one if one else 0.0)
+    return {"score": (found["score"][0], found["score"][1]), "update": (found["update"][0], float(rows))}
+
+
+def _compute_time(job: Job, ranks: int, hardware: Hardware, flops: Flops) -> float:
+    """Seconds of these operations, shared out over ``ranks``."""
     peak, rate = hardware.peak_flops[job.model.dtype], hardware.flops(job.model.dtype)
-    longest = len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp)) / job.spec.num_layers
-    ranks = layout.tp * layout.cp
-    layers = (flops.linears + flops.adapters) / rate + flops.attention / (peak * hardware.attention_achieved)
-    return (layers * longest + flops.head / rate) / ranks
+    products = (flops.linears + flops.adapters + flops.head) / rate
+    return (products + flops.attention / (peak * hardware.attention_achieved)) / ranks
 
 
-def _pipeline_time(job: Job, layout: Layout, hardware: Hardware, flops: Flops, batches: int, rows: float,
-                   backward: bool) -> float:
-    """Seconds of ``batches`` microbatches, forward or forward and backward."""
-    layers = len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp))
-    recompute = job.model.recompute if backward else "none"
-    sends = 1 + backward  # a backward sends as much as a forward
-    passes = sends + (recompute == "full")
-    launches = _operations(job, layout) * (3 if backward else 1) + _operations_again(job, layout, recompute)
-    busy = max(_compute_time(job, layout, hardware, flops), batches * launches * hardware.operation_s)
-    item = DTYPES[job.model.dtype].itemsize
-    stream = rows / layout.cp * job.spec.hidden_size * item
+def _pipeline_time(job: Job, layout: Layout, hardware: Hardware, work: _Work, stages: list[list[int]]) -> float:
+    """Seconds of all microbatches: the longest stage works without a break; the first and the last of them pass the
+    others as well."""
+    busy = [_stage_time(job, layout, hardware, work, flops, layers) for flops, layers in zip(work.flops, stages)]
+    # Interleaved stages wait for a chunk of the first microbatch only, but run some microbatches twice.
+    others = (sum(busy) - max(busy)) / layout.vp
+    return (max(busy) * layout.filled_up(work.batches) + others) / work.batches
+
+
+def _stage_time(job: Job, layout: Layout, hardware: Hardware, work: _Work, flops: Flops, layers: list[int]) -> float:
+    """Seconds in which a stage does its part of all microbatches."""
+    below, above = split_at(job.adapter.first_layer, layers)
+    recompute = job.model.recompute if work.backward else "none"
+    launches = bool(work.rows_below) * _operations(job, below)
+    launches += _operations(job, above) * (3 if work.backward else 1) + _operations_again(job, above, recompute)
+    busy = max(_compute_time(job, layout.tp * layout.cp, hardware, flops),
+               work.batches * launches * hardware.operation_s)
+    sends = 1 + work.backward  # a backward sends as much as a forward
+    for own, rows, passes, gathers in ((below, work.rows_below, 1, 1),
+                                       (above, work.rows_above, sends + (recompute == "full"),
+                                        sends + (recompute != "none"))):
+        if rows:
+            busy += _layers_collectives(job, layout, hardware, own, rows / layout.cp, work.batches, passes, gathers)
+    if layout.pp > 1:
+        near, rows = layout.world_size <= hardware.ranks_per_node, work.rows_above if above else work.rows_below
+        stream = rows / layout.cp * job.spec.hidden_size * DTYPES[job.model.dtype].itemsize
+        busy += (sends if above else 1) * layout.vp * (
+            stream / hardware.bandwidth(near) + work.batches * hardware.latency_s(near))
+    return busy
+
+
+def _layers_collectives(job: Job, layout: Layout, hardware: Hardware, layers: list[int], rows: float, batches: int,
+                        passes: int, gathers: int) -> float:
+    """Seconds in which these layers' hidden states cross TP, keys and values CP, and rows reach MoE experts.
+
+    Args:
+        rows: of this context rank, in all microbatches.
+        passes: how often hidden states cross, ``gathers``: keys and values.
+    """
+    item, seconds = DTYPES[job.model.dtype].itemsize, 0.0
     if layout.tp > 1:
         near = layout.tp <= hardware.ranks_per_node
-        sent = 2 * (layout.tp - 1) / layout.tp * stream
-        busy += 2 * passes * layers * (sent / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+        sent = 2 * (layout.tp - 1) / layout.tp * rows * job.spec.hidden_size * item
+        seconds += 2 * passes * len(layers) * (sent / hardware.bandwidth(near) + batches * hardware.latency_s(near))
     if layout.cp > 1:
         near = layout.tp * layout.cp <= hardware.ranks_per_node
         heads = job.spec.kv_groups(layout.tp) // layout.tp
-        kv = 2 * heads * job.spec.head_dim * item * rows / layout.cp * (layout.cp - 1)
-        gathers = sends + (recompute != "none")
-        busy += gathers * layers * (kv / hardware.bandwidth(near) + batches * hardware.latency_s(near))
-    busy += passes * _dispatch_time(job, layout, hardware, rows / layout.cp, batches)
-    if layout.pp > 1:
-        near = layout.world_size <= hardware.ranks_per_node
-        busy += sends * layout.vp * (stream / hardware.bandwidth(near) + batches * hardware.latency_s(near))
-    # Interleaved stages wait for a chunk of the first microbatch only, but run some microbatches twice.
-    return busy * (layout.filled_up(batches) + (layout.pp - 1) / layout.vp) / batches
+        kv = 2 * heads * job.spec.head_dim * item * rows * (layout.cp - 1)
+        seconds += gathers * len(layers) * (kv / hardware.bandwidth(near) + batches * hardware.latency_s(near))
+    return seconds + passes * _dispatch_time(job, layout, hardware, layers, rows, batches)
 
 
-def _moe_layers(job: Job, layout: Layout) -> int:
-    """MoE layers of the first stage, the longest."""
-    return sum(job.spec.is_moe(layer) for layer in stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp))
+def _moe_layers(job: Job, layers: Sequence[int]) -> int:
+    return sum(map(job.spec.is_moe, layers))
 
 
-def _operations(job: Job, layout: Layout) -> int:
-    """Launches of one forward of the longest stage."""
-    layers = len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp))
-    return layers * OPERATIONS_PER_LAYER + _moe_layers(job, layout) * OPERATIONS_PER_MOE
+def _operations(job: Job, layers: Sequence[int]) -> int:
+    """Launches of one forward of these layers."""
+    return len(layers) * OPERATIONS_PER_LAYER + _moe_layers(job, layers) * OPERATIONS_PER_MOE
 
 
-def _operations_again(job: Job, layout: Layout, recompute: str) -> int:
-    """Launches that a backward of the longest stage repeats; of MoE layers' own only with ``full``."""
-    if recompute == "full":
-        return _operations(job, layout)
-    return len(stage_layers(job.spec.num_layers, layout.pp, 0, layout.vp)) * OPERATIONS_AGAIN[recompute]
+def _operations_again(job: Job, layers: Sequence[int], recompute: str) -> int:
+    """Launches that a backward of these layers repeats; of MoE layers' own only with ``full``."""
+    return _operations(job, layers) if recompute == "full" else len(layers) * OPERATIONS_AGAIN[recompute]
 
 
-def _dispatch_time(job: Job, layout: Layout, hardware: Hardware, rows: float, calls: int) -> float:
-    """Seconds in which ``rows`` of the stream of TP ranks travel to MoE experts and back, in all layers of a stage."""
+def _dispatch_time(job: Job, layout: Layout, hardware: Hardware, layers: Sequence[int], rows: float,
+                   calls: int) -> float:
+    """Seconds in which ``rows`` of the stream of TP ranks travel to MoE experts and back, in all of these layers."""
     ranks = layout.ep * layout.etp
     if job.spec.moe is None or ranks == 1:
         return 0.0
@@ -242,7 +295,7 @@ def _dispatch_time(job: Job, layout: Layout, hardware: Hardware, rows: float, ca
     routed = rows / layout.tp * job.spec.moe.top_k * job.spec.hidden_size * DTYPES[job.model.dtype].itemsize
     sent = 2 * routed * ((layout.ep - 1) / layout.ep + layout.etp - 1)
     messages = 3 * (layout.ep > 1) + 3 * (layout.etp > 1) + 1  # rows, weights, answers; and the sizes before them
-    return _moe_layers(job, layout) * (sent / hardware.bandwidth(near) + calls * messages * hardware.latency_s(near))
+    return _moe_layers(job, layers) * (sent / hardware.bandwidth(near) + calls * messages * hardware.latency_s(near))
 
 
 def _rollout_time(job: Job, layout: Layout, hardware: Hardware, groups: list[Group], flops: Flops) -> float:
@@ -262,12 +315,12 @@ def _rollout_time(job: Job, layout: Layout, hardware: Hardware, groups: list[Gro
     kv = (prefixes + lanes * job.completion_tokens / 2) * kv_row / waves
     steps = waves * job.completion_tokens
     memory = (weights + kv) / hardware.memory_bandwidth
-    launching = _operations(job, replace(layout, pp=1, vp=1)) * hardware.operation_s
-    compute = _compute_time(job, replace(layout, pp=1, vp=1), hardware, flops) / steps
+    launching = _operations(job, range(spec.num_layers)) * hardware.operation_s
+    compute = _compute_time(job, layout.tp * layout.cp, hardware, flops) / steps
     relay = 0.0
     if layout.tp > 1:
         relay += 2 * spec.num_layers * hardware.latency_s(layout.tp <= hardware.ranks_per_node)
-    relay += _dispatch_time(job, replace(layout, pp=1, vp=1), hardware, lanes / waves, 1)
+    relay += _dispatch_time(job, layout, hardware, range(spec.num_layers), lanes / waves, 1)
     if layout.pp > 1:
         relay += layout.pp * layout.vp * hardware.latency_s(layout.world_size <= hardware.ranks_per_node)
     return steps * (max(memory, launching, compute) + relay)

@@ -175,31 +175,43 @@ def _whole(trunk: int, forced: int, completion: int, adapted: bool, everything: 
 
 
 def pass_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams, backward: bool,
-               stored: bool = False) -> Flops:
+               stored: bool = False, layers: Sequence[int] | None = None) -> Flops:
     """Cost of one pass.
 
     Args:
         backward: also the backward.
         stored: the states that no adapter touches (``below``, ``trunks``) come from an earlier pass.
+        layers: only these, and the head if the last layer is among them; None: all.
     """
-    upper, lower = range(adapter.first_layer, spec.num_layers), range(adapter.first_layer)
+    lower, upper = split_at(adapter.first_layer, range(spec.num_layers) if layers is None else layers)
+    last = layers is None or spec.num_layers - 1 in layers
     lanes = _forward(spec, adapter, streams.lanes, upper)
-    cost = lanes + Flops(head=2.0 * spec.hidden_size * spec.vocab_size * streams.scored)
+    cost = lanes + Flops(head=last * 2.0 * spec.hidden_size * spec.vocab_size * streams.scored)
     if not stored:
         cost += _forward(spec, adapter, streams.below, lower) + _forward(spec, adapter, streams.trunks, upper)
     if backward:
         back = Flops(lanes.linears, 2 * lanes.adapters, 2.5 * lanes.attention)
-        cost += back + Flops(head=cost.head) + _undifferentiated(spec, adapter, streams.lanes) * -1
+        cost += back + Flops(head=cost.head) + _undifferentiated(spec, adapter, streams.lanes, upper) * -1
     return cost
 
 
-def recomputed_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams, recompute: str) -> Flops:
+def split_at(first_layer: int, layers: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Those of the layers below ``first_layer``, and the others."""
+    return [n for n in layers if n < first_layer], [n for n in layers if n >= first_layer]
+
+
+def recomputed_flops(spec: BackboneSpec, adapter: AdapterConfig, streams: PassStreams, recompute: str,
+                     layers: Sequence[int] | None = None) -> Flops:
     """What the backward evaluates again under ``model.recompute``, on top of `pass_flops`.
 
     ``full``: the forward of the layers that have one, adapters included. ``selective``: their attention; norms and
     activations, which are computed again as well, have no operations here. The head makes its logits again anyway.
+
+    Args:
+        layers: only these; None: all.
     """
-    again = _forward(spec, adapter, streams.lanes, range(adapter.first_layer, spec.num_layers))
+    _, upper = split_at(adapter.first_layer, range(spec.num_layers) if layers is None else layers)
+    again = _forward(spec, adapter, streams.lanes, upper)
     return {"none": Flops(), "selective": Flops(attention=again.attention), "full": again}[recompute]
 
 
@@ -241,7 +253,7 @@ def _weights(spec: BackboneSpec, layer: int, linears: Sequence[tuple[str, ...]] 
     return own + spec.hidden_size * (moe.experts + 3 * moe.top_k * moe.ffn_hidden_size)
 
 
-def _forward(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream, layers: range) -> Flops:
+def _forward(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream, layers: Sequence[int]) -> Flops:
     """The forward of a stream through some layers."""
     weights = sum(_weights(spec, layer) for layer in layers)
     widths = sum(sum(_shape(spec, p)) for layer in layers for p in adapter.targets if spec.has_linear(layer, p))
@@ -249,12 +261,15 @@ def _forward(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream, layers:
                  4.0 * spec.head_dim * spec.num_heads * stream.pairs * len(layers))
 
 
-def _undifferentiated(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream) -> Flops:
-    """What the backward leaves out, up to the first linear with an adapter."""
+def _undifferentiated(spec: BackboneSpec, adapter: AdapterConfig, stream: Stream, layers: Sequence[int]) -> Flops:
+    """What the backward of these layers, none of them below ``first_layer``, leaves out: up to the first linear with
+    an adapter."""
     first, layer = next((i, layer) for layer in range(adapter.first_layer, spec.num_layers)
                         for i, linear in enumerate(LINEARS) if any(
                             p in adapter.targets and spec.has_linear(layer, p) for p in linear))
-    before = _forward(spec, adapter, stream, range(adapter.first_layer, layer))
+    before = _forward(spec, adapter, stream, [n for n in layers if n < layer])
+    if layer not in layers:
+        return replace(before, attention=2.5 * before.attention)
     weights = _weights(spec, layer, LINEARS[:first + 1])
     inputs = sum(_shape(spec, p)[1] for p in LINEARS[first] if p in adapter.targets)
     attention = _forward(spec, adapter, stream, range(layer, layer + 1)).attention if first > 0 else 0.0

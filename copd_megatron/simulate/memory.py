@@ -45,9 +45,9 @@ from copd_megatron.simulate.lower_states import kept_bytes
 STEP_BYTES = 4
 """Adam's count of updates, one float32 per parameter."""
 SCALE_BYTES = 4
+"""float32 scale of a row in FP8."""
 TE_BYTES = 2
 """Of a weight in FP8 by Transformer Engine on Hopper: as it is, and transposed for the gradient."""
-"""float32 scale of a row in FP8."""
 MOE_EXPERTS = "moe experts"
 PHASES = ("rollout", "score", "update", "evaluate")
 
