@@ -67,11 +67,13 @@ def columns_of(signal: Signal) -> list[Tensor]:
 
 def signal_of(request: ScoreRequest, columns: Sequence[Tensor], ids: Tensor | None) -> Signal:
     """Inverse of `columns_of`."""
+    if request.kind == "full":
+        return Signal("full", hidden_TH=columns[0])
     own_T, *others = columns
     if request.kind in ("topk", "student_topk"):
         ids_TK, head_TK = others if request.kind == "topk" else (ids, *others)
         return Signal(request.kind, own_T, ids_TK, head_TK, log_tail(head_TK))
-    return Signal(request.kind, own_T, hidden_TH=others[0] if others else None)
+    return Signal("sampled", own_T)
 
 
 def _to_each(ranks: int, here: int, lists_for: Callable[[int], list]) -> list[list[Any]]:

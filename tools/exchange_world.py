@@ -63,18 +63,20 @@ class World:
     def signal(self, request: ScoreRequest) -> Signal:
         """What the teacher says."""
         at = self.states(request.teacher, request)
+        if request.kind == "full":
+            return Signal("full", hidden_TH=self.hidden_MH[at])
         own = self.scored_logprobs_M[at]
         if request.kind == "topk":
             return Signal("topk", own, self.scored_ids_MK[at], self.scored_topk_MK[at])
         if request.kind == "student_topk":
             ids = self.student_ids(request)
             return Signal("student_topk", own, ids, self.dense_MV[at[:, None], ids])
-        return Signal(request.kind, own, hidden_TH=self.hidden_MH[at] if request.kind == "full" else None)
+        return Signal("sampled", own)
 
     def check(self, request: ScoreRequest, signal: Signal, tolerance: float) -> None:
         """Raises ArithmeticError unless a received signal is what the dense distribution says."""
         at = self.states(request.teacher, request)
-        pairs = [(signal.logprobs_T, self.dense_MV[at, self.targets_M[at]])]
+        pairs = [] if request.kind == "full" else [(signal.logprobs_T, self.dense_MV[at, self.targets_M[at]])]
         if request.kind in ("topk", "student_topk"):
             ids = self.best_ids_MK[at] if request.kind == "topk" else self.student_ids(request)
             if not torch.equal(signal.topk_ids_TK, ids):

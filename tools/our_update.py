@@ -14,7 +14,6 @@ from copd_megatron.exchange.payload import Signal
 from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.shared_prefix import Leaf, LeafGroup, Pack, pack_tokens
 from copd_megatron.model.translate import check_backbone, load_backbone_weights
-from copd_megatron.model.vocab_parallel import score
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
@@ -84,12 +83,10 @@ class OurUpdate:
         return pack_tokens([LeafGroup(self._group(0)[0].completion.prompt, leaves)], self.backbone.rules)
 
     def _ask_the_teacher(self, samples: list[Sample]) -> None:
-        """Signal ``full`` as a co-hosted teacher gives it: log-probs of the sampled tokens, and hidden states."""
+        """Signal ``full`` as a co-hosted teacher gives it: hidden states."""
         def at_end(hidden: torch.Tensor, pack: Pack, batch: Microbatch) -> tuple[None, None]:
-            logprobs = score(hidden, self.backbone.head, pack.target_ids).logprobs_T
-            for lane, own, states in zip(batch.lanes, logprobs.split(pack.leaf_lengths),
-                                         hidden.split(pack.leaf_lengths)):
-                lane.sample.signal = Signal("full", own, hidden_TH=states)
+            for lane, states in zip(batch.lanes, hidden.split(pack.leaf_lengths)):
+                lane.sample.signal = Signal("full", hidden_TH=states)
             return None, None
 
         lanes = [Lane(sample, TEACHER) for sample in samples]

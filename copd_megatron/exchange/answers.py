@@ -147,7 +147,7 @@ class Answers:
 
     def _check(self, index: int, signal: Signal) -> None:
         request = self.requests[index]
-        wanted, given = (request.kind, len(request.token_ids)), (signal.kind, len(signal.logprobs_T))
+        wanted, given = (request.kind, len(request.token_ids)), (signal.kind, signal.tokens)
         if given != wanted:
             raise ValueError(f"signal number {index} is {given}, not {wanted}")
 

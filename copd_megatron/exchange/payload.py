@@ -38,8 +38,8 @@ class Signal:
     """A teacher's signal for one completion of T tokens. Example: ``Signal("sampled", logprobs_T)``."""
 
     kind: Kind
-    logprobs_T: Tensor
-    """Natural log-prob of each sampled token; there for every kind."""
+    logprobs_T: Tensor | None = None
+    """Natural log-prob of each sampled token; None for kind ``full``, whose student has the teacher's logits."""
     topk_ids_TK: Tensor | None = None
     """int64: the teacher's most likely ones, that one first (``topk``), or the student's (``student_topk``)."""
     topk_logprobs_TK: Tensor | None = None
@@ -48,6 +48,11 @@ class Signal:
     """Natural log of the mass outside the K ids, set by the codec; -inf where none is left."""
     hidden_TH: Tensor | None = None
     """Final-normed hidden states; kind ``full``: teachers share the frozen head."""
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.hidden_TH if self.logprobs_T is None else self.logprobs_T)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Codec:
         columns, wire = self._joined(signals), self._columns()
         for name, column in columns.items():
             column.copy_(column.to(wire[name][0]))
-        return self._read(columns, [signal.topk_ids_TK for signal in signals], [len(s.logprobs_T) for s in signals])
+        return self._read(columns, [signal.topk_ids_TK for signal in signals], [s.tokens for s in signals])
 
     @torch.no_grad()
     def pack(self, signals: Sequence[Signal]) -> Tensor:
@@ -102,7 +107,7 @@ class Codec:
         Raises:
             ValueError: a signal of another kind, K or H.
         """
-        tokens = sum(len(signal.logprobs_T) for signal in signals)
+        tokens = sum(signal.tokens for signal in signals)
         message = torch.empty(tokens * self.bytes_per_token(), dtype=torch.uint8, device=device())
         if signals:
             places = self._views(message, tokens)
@@ -131,14 +136,14 @@ class Codec:
 
     def _columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """(dtype, shape) of what a token carries, by field of `Signal`; wide numbers first: they lie aligned."""
+        if self.kind == "full":
+            return {"hidden_TH": (self.dtype, (self.hidden_size,))}
         own = (self.decoded_dtype, ())
         columns = {"logprobs_T": own}
         if self.kind in ("topk", "student_topk"):
             columns |= {"log_tail_T": own, "topk_logprobs_TK": (self.dtype, (self.topk,))}
         if self.kind == "topk":
             columns["topk_ids_TK"] = (torch.int32, (self.topk,))
-        if self.kind == "full":
-            columns["hidden_TH"] = (self.dtype, (self.hidden_size,))
         return dict(sorted(columns.items(), key=lambda column: -column[1][0].itemsize))
 
     def _views(self, message: Tensor, tokens: int) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Divergences over the whole vocabulary between two sets of hidden states before the frozen, sharded head.
 
-Logits exist for a chunk of tokens and one rank's shard at a time, see ``vocab_parallel``, and once: the student's
+Logits exist for a chunk of tokens and one rank's shard at a time, see ``vocab_parallel``, and once: both sides'
 log-probs come from the same ones. Reverse KL: Gu et al. 2023, arXiv:2306.08543; generalised Jensen-Shannon: Agarwal et
 al. 2023, arXiv:2306.13649.
 
@@ -38,6 +38,8 @@ class Divergence:
     """Nats; differentiable."""
     logprobs_T: Tensor | None = None
     """The student's log-prob of the target token, to record: without a graph."""
+    teacher_logprobs_T: Tensor | None = None
+    """The teacher's, likewise."""
 
 
 def full_divergence(student_hidden_TH: Tensor, teacher_hidden_TH: Tensor, head: Head,
@@ -49,7 +51,7 @@ def full_divergence(student_hidden_TH: Tensor, teacher_hidden_TH: Tensor, head: 
         student_hidden_TH, teacher_hidden_TH: [T, H] final-normed hidden states, the same on every rank.
         kind: see :data:`DivergenceKind`.
         jsd_weight: the teacher's share of the mixture, in (0, 1); only read for ``jsd``.
-        target_ids_T: [T] int64 global token ids, e.g. the sampled ones: also the student's log-probs there, at the cost
+        target_ids_T: [T] int64 global token ids, e.g. the sampled ones: also both sides' log-probs there, at the cost
             of no further product.
 
     Returns:
@@ -86,46 +88,48 @@ class _FullDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student_TH: Tensor, teacher_TH: Tensor, ids_T: Tensor | None, head: Head, kind: str,
-                temperature: float, jsd_weight: float, differentiable: bool) -> tuple[Tensor, Tensor | None]:
+                temperature: float, jsd_weight: float, differentiable: bool
+                ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         like = {"dtype": math_dtype(student_TH), "device": student_TH.device}
         value_T = torch.zeros(len(student_TH), **like)
-        logprobs_T = None if ids_T is None else torch.zeros(len(student_TH), **like)
+        logprobs_T, teacher_T = (None if ids_T is None else torch.zeros(len(student_TH), **like) for _ in range(2))
         slope_TH = torch.empty(student_TH.shape, **like) if differentiable else None
         memories = head.logits_memory(student_TH), head.logits_memory(student_TH)
         for rows in head.chunks(student_TH):
             logits = [block_logits(hidden_TH[rows], head.real_weight, temperature, memory_CV)
                       for hidden_TH, memory_CV in zip((student_TH, teacher_TH), memories)]
             own_ids_T1 = None if ids_T is None else ids_T[rows, None] - head.vocab_start
-            value_T[rows], picked_T1, grad_TV = _chunk_divergence_(*logits, own_ids_T1, head, kind, jsd_weight)
+            value_T[rows], picked_T2, grad_TV = _chunk_divergence_(*logits, own_ids_T1, head, kind, jsd_weight)
             if ids_T is not None:
-                logprobs_T[rows] = picked_T1[:, 0]
+                logprobs_T[rows], teacher_T[rows] = picked_T2.unbind(1)
             if slope_TH is not None:
                 slope_TH[rows] = hidden_gradient(grad_TV, student_TH[rows], head.real_weight, temperature)
             del logits, grad_TV  # or they live on beside the next chunk's
         ctx.save_for_backward(slope_TH)
         ctx.group, ctx.dtype = head.group, student_TH.dtype
-        ctx.mark_non_differentiable(*([] if ids_T is None else [logprobs_T]))
-        return value_T, logprobs_T
+        ctx.mark_non_differentiable(*([] if ids_T is None else [logprobs_T, teacher_T]))
+        return value_T, logprobs_T, teacher_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_T: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
         slope_TH, = ctx.saved_tensors
         return (sum_over(slope_TH * grad_T[:, None], ctx.group).to(ctx.dtype), *(None,) * 7)
 
 
 def _chunk_divergence_(student_TV: Tensor, teacher_TV: Tensor, ids_T1: Tensor | None, head: Head, kind: str,
                        jsd_weight: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a chunk's logits: values [T] and the student's log-probs at the ids, [T, 1] ([T, 0] without ids), both over
-    the whole vocabulary, and the gradients of the values by this shard's logits [T, V].
+    """Of a chunk's logits: values [T] and the log-probs of student and teacher at the ids, [T, 2] ([T, 0] without
+    ids), both over the whole vocabulary, and the gradients of the values by this shard's logits [T, V].
 
     Overwrites both. ``ids_T1`` count from the shard's first row.
     """
     lse_T2 = merge_lse(torch.stack([row_lse(student_TV), row_lse(teacher_TV)], 1), head.group)
     probs_TV, pull_TV = student_TV.sub_(lse_T2[:, :1]), teacher_TV.sub_(lse_T2[:, 1:])
-    picked_TJ = lse_T2[:, :0] if ids_T1 is None else pick_logits(probs_TV, ids_T1)  # while these are log-probs
+    # While these are log-probs.
+    picked = [] if ids_T1 is None else [pick_logits(logprobs_TV, ids_T1) for logprobs_TV in (probs_TV, pull_TV)]
     parts = [_divergence_(*block, kind, jsd_weight) for block in zip(row_blocks(probs_TV), row_blocks(pull_TV))]
-    sums_TJ = sum_over(torch.cat([torch.cat(parts), picked_TJ], 1), head.group)
+    sums_TJ = sum_over(torch.cat([torch.cat(parts), *picked], 1), head.group)
     return sums_TJ[:, 0], sums_TJ[:, 2:], pull_TV.sub_(probs_TV.mul_(sums_TJ[:, 1:2]))
 
 

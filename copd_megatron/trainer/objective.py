@@ -71,7 +71,7 @@ class Objective:
         """Nothing here waits for the device: sums stay tensors until the end of the step."""
         rows = Rows.of(batch, hidden_NH)
         scores = self.scores(rows, hidden_NH, pack.target_ids)
-        tokens = self._tokens(rows, scores.logprobs_N)
+        tokens = self._tokens(rows, scores.logprobs_N, scores.teacher_logprobs_N)
         losses, columns, weights = self._policy_gradient(rows, tokens)
         distance = kl_estimate(tokens.policy, tokens.old + tokens.delta, "k3").detach()
         if any(dense := [s.signal is not None and s.signal.kind != "sampled" for s in rows.samples]):
@@ -84,12 +84,12 @@ class Objective:
         sums |= self._edge_sums(rows, tokens, distance, weights)
         return weighted.sum(), sums
 
-    def _tokens(self, rows: Rows, policy: Tensor) -> _Tokens:
+    def _tokens(self, rows: Rows, policy: Tensor, teacher: Tensor) -> _Tokens:
         detached = policy.detach()
         old = rows.joined([s.old_logprobs for s in rows.samples], detached)
         backbone = rows.joined([s.backbone_logprobs for s in rows.samples], detached)
-        teacher = rows.joined([None if s.signal is None else s.signal.logprobs_T for s in rows.samples], old)
         native = rows.marked([s.is_native for s in rows.samples])
+        teacher = torch.where(native, old, teacher)
         beta = rows.spread([0.0 if s.edge is None else s.edge.beta for s in rows.samples])
         crossing, kept = distillation_advantages(teacher, old, beta, self.opd.delta_guard)
         advantage = torch.where(native, rows.spread([s.advantage for s in rows.samples]), crossing)

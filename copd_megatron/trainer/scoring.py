@@ -3,7 +3,8 @@
 Lanes of one pass: the backbone (KL is always logged), a frozen KL reference, the policy itself where several
 updates follow, and every teacher that this replica hosts, for its own students and for those elsewhere; or,
 where adapters travel instead, every teacher of its own students. Signal ``student_topk`` takes a pass of the
-students before it. Teachers are scored with the weights they have at the start of the step.
+students before it. Teachers are scored with the weights they have at the start of the step. A lane's states pass the
+head once, for what is asked of that lane, and those of signal ``full`` not at all: their student multiplies them.
 """
 from __future__ import annotations
 
@@ -45,11 +46,11 @@ Key = tuple[Sample, str | None]
 class _Scored:
     """A lane's scores, [R] each."""
 
-    logprobs: Tensor
-    topk_ids: Tensor | None
-    topk_logprobs: Tensor | None
-    at_logprobs: Tensor | None
-    hidden: Tensor | None
+    logprobs: Tensor | None = None
+    topk_ids: Tensor | None = None
+    topk_logprobs: Tensor | None = None
+    """At the lane's own ids or, ``student_topk``, at the student's."""
+    hidden: Tensor | None = None
 
 
 class Scoring:
@@ -127,7 +128,8 @@ class Scoring:
     def _score_students(self, crossing: Sequence[Sample]) -> dict[Key, _Scored]:
         """The students themselves, before the exchange, where their own top-k ids are what is asked about."""
         lanes = [Lane(s, s.expert) for s in crossing if s.edge.signal == "student_topk"]
-        return self._run(make_microbatches(lanes, self.runner.backbone.rules, self.microbatch_tokens), self._topk())
+        batches = make_microbatches(lanes, self.runner.backbone.rules, self.microbatch_tokens)
+        return self._run(batches, dict.fromkeys(map(_key, lanes), "topk"))
 
     def _own_lanes(self, samples: Sequence[Sample]) -> list[Lane]:
         lanes = []
@@ -165,7 +167,7 @@ class Scoring:
         number = {lane: index for index, lane in enumerate(guests)}
         rounds = [held for batch in batches if (held := [number[lane] for lane in batch.lanes if lane in number])]
         if not self.groups.is_last_stage:
-            return self._run(batches, 0), []
+            return self._run(batches), []
         round_of = {index: round_ for round_, held in enumerate(rounds) for index in held}
         with timers("exchange"):
             answers = exchange.answers(codecs, [round_of[index] for index in range(len(requests))])
@@ -176,35 +178,49 @@ class Scoring:
                 with timers("exchange"):
                     answers.send({i: self._signal(scores[_key(guests[i])], requests[i], ids[i]) for i in held})
 
-        at_ids = {_key(guest): own_ids for guest, own_ids in zip(guests, ids) if own_ids is not None}
-        scored = self._run(batches, self._topk() if "topk" in codecs else 0, at_ids, "full" in codecs, answer)
+        kinds = {_key(guest): request.kind for guest, request in zip(guests, requests)}
+        scored = self._run(batches, kinds, dict(zip(kinds, ids)), answer)
         with timers("exchange"):
             return scored, answers.finish()
 
-    def _run(self, batches: Sequence[Microbatch], k: int, at_ids: Mapping[Key, Tensor] | None = None,
-             keep_hidden: bool = False,
+    def _run(self, batches: Sequence[Microbatch], kinds: Mapping[Key, Kind] | None = None,
+             ids: Mapping[Key, Tensor | None] | None = None,
              then: Callable[[Microbatch, dict[Key, _Scored]], None] | None = None) -> dict[Key, _Scored]:
         """Score microbatches; results on the last stage only.
 
         Args:
-            k: top-k ids of every lane, 0 for none.
-            at_ids: lane -> [R, K] ids to score as well.
+            kinds: lane -> the kind of signal that its scores are for; ``sampled`` where nothing is said.
+            ids: lane -> [R, K] ids to score, of kind ``student_topk``.
             then: called after each microbatch with its scores.
         """
         def at_end(hidden: Tensor, pack: Pack, batch: Microbatch):
-            lengths = list(pack.leaf_lengths)
-            wanted = _joined([(at_ids or {}).get(_key(lane)) for lane in batch.lanes], lengths)
-            scores = score(hidden, self.runner.backbone.head, pack.target_ids, topk=k, at_ids_TK=wanted,
-                           temperature=self.rollout.temperature)
-            columns = (scores.logprobs_T, scores.topk_ids_TK, scores.topk_logprobs_TK, scores.at_logprobs_TK,
-                       hidden if keep_hidden else None)
-            parts = [[None] * len(lengths) if c is None else c.split(lengths) for c in columns]
-            found = {_key(lane): _Scored(*row) for lane, row in zip(batch.lanes, zip(*parts))}
+            keys = [_key(lane) for lane in batch.lanes]
+            asked = [(kinds or {}).get(key, "sampled") for key in keys]
+            rows = list(zip(keys, hidden.split(pack.leaf_lengths), pack.target_ids.split(pack.leaf_lengths)))
+            found: dict[Key, _Scored] = {}
+            for kind in dict.fromkeys(asked):
+                own, states, targets = zip(*(row for row, its in zip(rows, asked) if its == kind))
+                found |= zip(own, self._of_kind(kind, states, targets, [(ids or {}).get(key) for key in own]))
             if then is not None:
                 then(batch, found)
             return None, found
 
         return {key: value for part in self.runner.score(batches, at_end) for key, value in part.items()}
+
+    def _of_kind(self, kind: Kind, states: Sequence[Tensor], targets: Sequence[Tensor],
+                 ids: Sequence[Tensor | None]) -> list[_Scored]:
+        """Scores of lanes, one each, from their hidden states [R, H]."""
+        if kind == "full":
+            return [_Scored(hidden=own) for own in states]
+        scores = score(torch.cat(states), self.runner.backbone.head, torch.cat(targets),
+                       topk=self._topk() if kind == "topk" else 0,
+                       at_ids_TK=torch.cat(ids) if kind == "student_topk" else None,
+                       temperature=self.rollout.temperature)
+        columns = (scores.logprobs_T, scores.topk_ids_TK,
+                   scores.at_logprobs_TK if kind == "student_topk" else scores.topk_logprobs_TK)
+        lengths = [len(own) for own in states]
+        return [_Scored(*row) for row in zip(*([None] * len(lengths) if column is None else column.split(lengths)
+                                               for column in columns))]
 
     def _topk(self) -> int:
         return min(self.opd.topk, self.runner.backbone.spec.vocab_size)
@@ -216,23 +232,9 @@ class Scoring:
 
     @staticmethod
     def _signal(scored: _Scored, request: ScoreRequest, ids: Tensor | None) -> Signal:
-        """What the teacher says about one completion, before the codec rounds it."""
-        if request.kind == "topk":
-            return Signal("topk", scored.logprobs, scored.topk_ids, scored.topk_logprobs)
-        if request.kind == "student_topk":
-            return Signal("student_topk", scored.logprobs, ids, scored.at_logprobs)
-        if request.kind == "full":
-            return Signal("full", scored.logprobs, hidden_TH=scored.hidden)
-        return Signal("sampled", scored.logprobs)
-
-
-def _joined(ids: Sequence[Tensor | None], lengths: Sequence[int]) -> Tensor | None:
-    """[N, K] ids of all lanes in a row; lanes that are asked at none repeat id 0, unused. None if none is asked."""
-    given = next((own for own in ids if own is not None), None)
-    if given is None:
-        return None
-    return torch.cat([given.new_zeros(length, given.shape[1]) if own is None else own
-                      for own, length in zip(ids, lengths)])
+        """What the teacher says about one completion, before the codec rounds it; ``ids``: the student's."""
+        return Signal(request.kind, scored.logprobs, scored.topk_ids if ids is None else ids, scored.topk_logprobs,
+                      hidden_TH=scored.hidden)
 
 
 def _key(lane: Lane) -> Key:

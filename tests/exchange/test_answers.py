@@ -48,7 +48,7 @@ def score(request, ids=None):
         return Signal("topk", own, best, values)
     if request.kind == "student_topk":
         return Signal("student_topk", own, ids, logprobs.gather(1, ids))
-    return Signal(request.kind, own, hidden_TH=noise[:, :HIDDEN] if request.kind == "full" else None)
+    return Signal("full", hidden_TH=noise[:, :HIDDEN]) if request.kind == "full" else Signal("sampled", own)
 
 
 def told(exchange):

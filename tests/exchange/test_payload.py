@@ -20,7 +20,7 @@ def signal_of(kind, tokens, k=8, dtype=torch.float32, sharpness=3.0, seed=0):
         values, ids = logprobs.topk(k)
         return Signal("topk", own, ids, values.to(dtype))
     if kind == "full":
-        return Signal("full", own, hidden_TH=torch.randn(tokens, HIDDEN, generator=generator, dtype=dtype))
+        return Signal("full", hidden_TH=torch.randn(tokens, HIDDEN, generator=generator, dtype=dtype))
     return Signal("sampled", own)
 
 
@@ -57,7 +57,8 @@ def test_a_batch_reads_as_its_signals_rounded_one_by_one(kind, wire, lengths):
     for signal, back, rounded in zip(signals, read, together):
         assert_same(back, rounded)
         assert_same(back, *codec.round([signal]))
-        assert torch.equal(back.logprobs_T, signal.logprobs_T)  # the sampled log-prob is never narrowed
+        if kind != "full":
+            assert torch.equal(back.logprobs_T, signal.logprobs_T)  # the sampled log-prob is never narrowed
         if kind == "topk":
             assert torch.equal(back.topk_ids_TK, signal.topk_ids_TK)
 
@@ -66,7 +67,7 @@ def test_bytes_per_token():
     assert codec_of("sampled", "bfloat16").bytes_per_token() == 4
     assert Codec("topk", "bfloat16", topk=64).bytes_per_token() == 4 + 64 * (4 + 2) + 4
     assert Codec("topk", "float32", topk=64).bytes_per_token() == 4 + 64 * (4 + 4) + 4
-    assert Codec("full", "bfloat16", hidden_size=4096).bytes_per_token() == 4 + 2 * 4096
+    assert Codec("full", "bfloat16", hidden_size=4096).bytes_per_token() == 2 * 4096
 
 
 @settings(max_examples=40, deadline=None)

@@ -50,7 +50,7 @@ def score(request):
     if request.kind == "topk":
         values, ids = logprobs.topk(TOPK)
         return Signal("topk", own, ids, values)
-    return Signal(request.kind, own, hidden_TH=noise[:, :HIDDEN] if request.kind == "full" else None)
+    return Signal("full", hidden_TH=noise[:, :HIDDEN]) if request.kind == "full" else Signal("sampled", own)
 
 
 def key_of(request):
@@ -152,7 +152,7 @@ def nothing_to_ask(layout):
     scored = one_sided.to_score
     returned = one_sided.close([score(request) for request in scored], {"sampled": CODECS["sampled"]})
     groups.destroy()
-    return empty, len(scored), [len(signal.logprobs_T) for signal in returned]
+    return empty, len(scored), [signal.tokens for signal in returned]
 
 
 def test_empty_batches():

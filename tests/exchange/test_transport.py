@@ -33,7 +33,7 @@ def answer(request):
     own = torch.zeros(tokens)
     if request.kind in ("topk", "student_topk"):
         return Signal(request.kind, own, ids, rows)
-    return Signal(request.kind, own, hidden_TH=torch.zeros(tokens, HIDDEN) if request.kind == "full" else None)
+    return Signal("full", hidden_TH=torch.zeros(tokens, HIDDEN)) if request.kind == "full" else Signal("sampled", own)
 
 
 def one_step(layout, tokens, first_layer):

@@ -61,8 +61,9 @@ class Case:
         found = full_divergence(hidden, teacher, head, kind, temperature=0.7, jsd_weight=WEIGHT,
                                 target_ids_T=self.targets)
         (found.value_T * self.pull[:, 0]).sum().backward()
-        assert teacher.grad is None and not found.logprobs_T.requires_grad
-        return {"values": found.value_T.detach(), "gradient": hidden.grad, "logprobs": found.logprobs_T}
+        logprobs = torch.stack([found.logprobs_T, found.teacher_logprobs_T], 1)
+        assert teacher.grad is None and not logprobs.requires_grad
+        return {"values": found.value_T.detach(), "gradient": hidden.grad, "logprobs": logprobs}
 
 
 def dense_scores(case: Case, temperature: float = 0.7, topk: int = 5, entropy_gradient: bool = True) -> Found:
@@ -87,7 +88,7 @@ def dense_divergence(case: Case, kind: str) -> Found:
               "jsd": (WEIGHT * q * (q / m).log() + (1 - WEIGHT) * p * (p / m).log()).sum(1)}[kind]
     (values * case.pull[:, 0].double()).sum().backward()
     return {"values": values.detach(), "gradient": hidden.grad,
-            "logprobs": p.detach().log().gather(1, case.targets[:, None])[:, 0]}
+            "logprobs": torch.cat([side.detach().log().gather(1, case.targets[:, None]) for side in (p, q)], 1)}
 
 
 def everything(case: Case, head: Head) -> list[Found]:

@@ -78,7 +78,7 @@ def test_payloads_are_the_codecs_and_auto_takes_the_cheaper():
     job, layout = make_job(), Layout(replicas=3)
     placement = Placement.build(job.experts, 3)
     assert payload_bytes(job, "sampled") == 4
-    assert payload_bytes(job, "full") == 4 + 4 * SPEC.hidden_size
+    assert payload_bytes(job, "full") == 4 * SPEC.hidden_size
     assert payload_bytes(job, FULL_VOCABULARY) == 4 * SPEC.vocab_size
     assert chosen(job, layout, placement, "auto")[0] == "scatter"
     assert chosen(replace(job, completion_tokens=100_000), layout, placement, "auto")[0] == "gather_adapters"
