@@ -216,7 +216,7 @@ class _Score(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         fixed = [] if entropy_gradient or entropy_T is None else [entropy_T]
         if topk:
-            values_TK, topk_ids_TK = _merge_shard_topk(values_TK, topk_ids_TK, head.group)
+            values_TK, topk_ids_TK = merge_shard_topk(values_TK, topk_ids_TK, head.group)
             values_TK = values_TK - lse_T[:, None]
             fixed += [topk_ids_TK, values_TK]
         ctx.mark_non_differentiable(*fixed)
@@ -311,7 +311,7 @@ def merge_lse(lse: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return peak + sum_over((lse - peak).exp(), group).log()
 
 
-def _merge_shard_topk(values_TK: Tensor, ids_TK: Tensor,
+def merge_shard_topk(values_TK: Tensor, ids_TK: Tensor,
                       group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """The k best of all shards; only k candidates per rank travel."""
     if _alone(group):

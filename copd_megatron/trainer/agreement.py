@@ -12,9 +12,8 @@ from torch import Tensor
 
 from copd_megatron.losses.topk_kl import topk_overlap
 from copd_megatron.metrics.names import pair_name
-from copd_megatron.model.full_divergence import full_divergence
+from copd_megatron.model.policy_comparison import compare_policies
 from copd_megatron.model.shared_prefix import Pack
-from copd_megatron.model.vocab_parallel import score
 from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.platform import on_device
@@ -67,21 +66,20 @@ def _first(samples: Sequence[Sample], expert: str, tokens: int, groups: Groups) 
 def _pair_sums(runner: Runner, hidden: Tensor, pack: Pack, batch: Microbatch, k: int, temperature: float) -> Sums:
     """Sums over the states of one microbatch: own policy against each other one."""
     head = runner.backbone.head
-    scores = score(hidden, head, pack.target_ids, temperature=temperature, topk=min(k, head.vocab_size))
-    rows: dict[tuple[str, str], list[np.ndarray]] = {}
+    rows: dict[str, dict[str, list[np.ndarray]]] = {}
     for lane, start in zip(batch.lanes, np.cumsum((0, *pack.leaf_lengths))):
         # The environment's tokens are no state of the policy.
         own = start + np.flatnonzero(lane.sample.loss_mask)
-        rows.setdefault((lane.sample.expert, lane.policy), []).append(own)
-    index = {pair: on_device(np.concatenate(pieces), hidden.device) for pair, pieces in rows.items()}
+        rows.setdefault(lane.sample.expert, {}).setdefault(lane.policy, []).append(own)
     sums: Sums = {}
-    for (own, policy), other in index.items():
-        if policy == own:
-            continue
-        mine = index[own, own]
-        common = topk_overlap(scores.topk_ids_TK[mine], scores.topk_ids_TK[other])
-        kl = full_divergence(hidden[mine], hidden[other], head, "reverse", temperature=temperature).value_T
-        count = float(len(mine))
-        add_sums(sums, {pair_name(own, policy, "overlap"): (common.double().sum(), count),
-                        pair_name(own, policy, "symmetric_kl"): (kl.double().sum(), count)})
+    for expert, by_policy in rows.items():
+        states = {policy: hidden[on_device(np.concatenate(pieces), hidden.device)]
+                  for policy, pieces in by_policy.items()}
+        own = states.pop(expert)
+        found = compare_policies(own, list(states.values()), head, min(k, head.vocab_size), temperature=temperature)
+        for place, policy in enumerate(states):
+            common = topk_overlap(found.topk_ids_TNK[:, 0], found.topk_ids_TNK[:, place + 1])
+            add_sums(sums, {pair_name(expert, policy, "overlap"): (common.double().sum(), float(len(own))),
+                            pair_name(expert, policy, "symmetric_kl"): (found.kl_TP[:, place].double().sum(),
+                                                                        float(len(own)))})
     return sums

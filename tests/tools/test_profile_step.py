@@ -78,9 +78,8 @@ def test_phases_add_up_and_every_number_has_its_key(tool, recipe, capsys):
      "rollout": {"lower_states_bytes": 10**9, "prefix_store_bytes": 10**9}},
 ])
 def test_operations_are_those_of_the_matrix_products_that_ran(tool, tmp_path, sections):
-    # Step 1 measures no agreement of experts, whose scores pass the head more than once.
-    config = toy_config("qwen3", experts=("text", "image"), **sections, schedule={"rl_steps": 3},
-                        metrics={"overlap_every": 2})
+    # The step also measures the agreement of experts, with one product of the head for each of them.
+    config = toy_config("qwen3", experts=("text", "image"), **sections, schedule={"rl_steps": 3})
     wanted = config.rollout.prompts_per_step * config.rollout.group_size * config.rollout.max_completion_tokens
     with toy_trainer(config, tmp_path) as trainer:
         work = tool.StepWork(trainer)
