@@ -8,7 +8,7 @@ from typing import get_args
 
 import numpy as np
 import torch
-from bench_record import refuse_below
+from bench_record import free_bytes, refuse_below
 
 import copd_megatron.platform  # noqa: F401  (before any of Megatron)
 from copd_megatron.config.model import AdapterConfig, ModelConfig
@@ -17,9 +17,11 @@ from copd_megatron.model.backbone import DTYPES, Backbone
 from copd_megatron.model.fp8 import SCALE, is_fp8, quantised
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
 from copd_megatron.parallel.groups import Groups
+from copd_megatron.parallel.layout import Layout
 from copd_megatron.platform import device
 from copd_megatron.simulate.hardware import Hardware, load_hardware
-from copd_megatron.types import Prompt
+from copd_megatron.simulate.memory import backbone_bytes
+from copd_megatron.types import Prompt, UserError
 
 CALIBRATE_S = 0.5
 """Seconds of each measurement of the machine's peaks."""
@@ -61,6 +63,9 @@ def refuse_impossible_shapes(parser: argparse.ArgumentParser, options: argparse.
                      "or another --head-dim")
     if options.head_dim is not None and (options.head_dim < 2 or options.head_dim % 2):
         parser.error(f"--head-dim: {options.head_dim}; even, at least 2")
+    layers = options.first_layer if isinstance(options.first_layer, list) else [options.first_layer]
+    if max(layers) >= options.layers:
+        parser.error(f"--first-layer: {max(layers)}; below the {options.layers} --layers")
     if options.heads % options.kv_heads:
         parser.error(f"--kv-heads: {options.kv_heads}; a divisor of the {options.heads} heads")
 
@@ -109,7 +114,14 @@ def random_backbone(spec: BackboneSpec, adapter: AdapterConfig, groups: Groups, 
 
     They are drawn on the device, the same ones for every ``model.fp8``, in the backbone's dtype before they are
     quantised.
+
+    Raises:
+        UserError: they are larger than the memory that is free.
     """
+    needed, free = sum(backbone_bytes(spec, Layout(), 0, model.dtype, model.fp8).values()), free_bytes()
+    if needed > free:
+        raise UserError(f"--layers, --hidden, --ffn, --vocab: the weights take {needed / 1e9:.1f} GB, "
+                        f"{free / 1e9:.1f} GB are free; smaller sizes")
     backbone = Backbone(spec, groups, model, adapter)
     generator = torch.Generator(device()).manual_seed(0)
 

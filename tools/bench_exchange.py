@@ -286,7 +286,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             ("adapter-layers", 1, "layers with adapters, as wide as a 4B model's"),
             ("repeats", 5, "runs after the first, which warms up")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, row after row")
+    bench_record.add_json_option(parser, "write the results there, row after row")
     options = parser.parse_args(arguments)
     bench_record.refuse_below(parser, options, ranks=1, tokens=1, vocabulary=1, topk=1, hidden=1, rank=1,
                               adapter_layers=1, repeats=1)
@@ -318,4 +318,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    bench_record.end(main)

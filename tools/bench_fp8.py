@@ -33,7 +33,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("",
 import torch  # noqa: E402
 from bench_backbone import add_recompute_option, add_shape_options, describe, model_of, spec_of  # noqa: E402
 from bench_group import Group, add_group_options, free_memory, refuse_impossible_groups, shape_of  # noqa: E402
-from bench_record import machine, now, peak_of, save_json  # noqa: E402
+from bench_record import add_json_option, end, machine, now, peak_of, save_json  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import copd_megatron.platform  # noqa: E402,F401  (before any of Megatron)
@@ -165,7 +165,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_recompute_option(parser)
     parser.add_argument("--scope", choices=("sequence", "completion"), default="completion")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="forms; none comes first (all)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, as they come")
+    add_json_option(parser, "write the rows there, as they come")
     options = parser.parse_args(arguments)
     refuse_impossible_groups(parser, options)
     options.forms = ["none", *(form for form in dict.fromkeys(options.forms) if form != "none")]
@@ -211,4 +211,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -32,7 +32,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from bench_record import machine, peak_of, refuse_below, save_json  # noqa: E402
+from bench_record import (  # noqa: E402
+    add_json_option,
+    end,
+    free_bytes,
+    machine,
+    peak_of,
+    refuse_below,
+    save_json,
+)
 from own_process import in_a_process  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -227,14 +235,6 @@ def why_not(side: str, loss: str, options: argparse.Namespace) -> str | None:
     return None
 
 
-def free_bytes() -> int:
-    """Memory that a process can still take."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) * 1024
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line; the size is one that a machine with 16 GB holds, on a GPU that of an 8B model."""
     on_gpu = torch.cuda.is_available()
@@ -248,8 +248,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--loss", nargs="+", choices=LOSSES, default=["jsd", "topk"], help="losses (jsd topk)")
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bfloat16" if on_gpu else "float32",
                         help="of hidden states and head (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE",
-                        help="write the first loss's numbers there, and all of them as rows")
+    add_json_option(parser, "write the first loss's numbers there, and all of them as rows, as they come")
     options = parser.parse_args(arguments)
     refuse_below(parser, options, tokens=1, hidden=1, vocab=TOPK + 1, chunk_tokens=0, threads=0, repeats=1)
     return options
@@ -258,11 +257,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write. 0; 1 when the sides disagree; 2 when the machine cannot."""
     options = parse(arguments)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     where = machine()
     if importlib.util.find_spec("liger_kernel"):
         where["liger_kernel"] = version("liger_kernel")
-    print(f"{where['device']}: {where['cpu']}, load {where['load']}, torch {where['torch']}; {options.tokens} tokens "
-          f"of {options.hidden}, vocabulary {options.vocab}, {options.dtype}", flush=True)
+    print(f"{where['device']}: {where['cpu']}, {where['threads']} threads, load {where['load']:.1f}, torch "
+          f"{where['torch']}; {options.tokens} tokens of {options.hidden}, vocabulary {options.vocab}, {options.dtype}",
+          flush=True)
     rows: list[dict] = []
     try:
         for loss in options.loss:
@@ -275,4 +276,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

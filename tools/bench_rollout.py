@@ -48,7 +48,7 @@ from bench_backbone import (
     refuse_impossible_shapes,
     spec_of,
 )
-from bench_record import machine, now, refuse_below, save_json
+from bench_record import add_json_option, end, machine, now, refuse_below, save_json
 
 import copd_megatron.platform  # noqa: F401  (before any of Megatron)
 from copd_megatron.config.model import AdapterConfig
@@ -252,7 +252,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
     add_shape_options(parser)
     add_hardware_option(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, as they come")
+    add_json_option(parser, "write the rows there, as they come")
     options = parser.parse_args(arguments)
     refuse_below(parser, options, experts=1, batch=1, prefix=1, completion=1, group=1, header=1, threads=0, repeats=1)
     refuse_impossible_shapes(parser, options)
@@ -261,8 +261,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for batch in options.batch:
         if batch % options.group:
             parser.error(f"--batch: {batch}; a multiple of the {options.group} completions of a --group")
-    if options.json is not None and options.json.is_dir():
-        parser.error(f"--json: {options.json} is a folder; a file to write")
     return options
 
 
@@ -318,4 +316,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -36,7 +36,7 @@ from bench_backbone import (  # noqa: E402
     spec_of,
 )
 from bench_group import Group, add_group_options, free_memory, refuse_impossible_groups, shape_of  # noqa: E402
-from bench_record import machine, now, peak_of, save_json  # noqa: E402
+from bench_record import add_json_option, end, machine, now, peak_of, save_json  # noqa: E402
 
 import copd_megatron.platform  # noqa: E402,F401  (before any of Megatron)
 from copd_megatron.config.model import AdapterConfig  # noqa: E402
@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_shape_options(parser, first_layers=True)
     parser.add_argument("--scope", choices=("sequence", "completion"), default="completion")
     add_hardware_option(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, as they come")
+    add_json_option(parser, "write the rows there, as they come")
     options = parser.parse_args(arguments)
     refuse_impossible_groups(parser, options)
     if options.experts < 2:
@@ -149,4 +149,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

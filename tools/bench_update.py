@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bench_backbone import add_recompute_option, add_shape_options, describe, model_of, spec_of
 from bench_group import Group, Lane, add_group_options, refuse_impossible_groups, shape_of
-from bench_record import machine, now, refuse_below, save_json
+from bench_record import add_json_option, end, machine, now, refuse_below, save_json
 
 import copd_megatron.platform  # noqa: F401  (before any of Megatron)
 from copd_megatron.config.model import AdapterConfig, ModelConfig
@@ -106,12 +106,13 @@ def measure(spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, grou
     row |= compare(update, TOLERANCE[model.dtype])
     wall: dict[str, list[float]] = {way: [] for way in WAYS}
     busy: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(repeats):
+    for turn in range(1, repeats + 1):
         for way in WAYS:
             start, used = now(), time.process_time()
             update.run(way)
             wall[way].append(now() - start)
             busy[way].append(time.process_time() - used)
+            print(f"    {way}: update {turn} of {repeats}, {wall[way][-1]:.2f} s", file=sys.stderr, flush=True)
     flops = {way: flops_of(way, shape, spec, adapter, model) for way in WAYS}
     for way in WAYS:
         row |= {f"{way}_s": statistics.median(wall[way]), f"{way}_cpu_s": statistics.median(busy[way]),
@@ -133,15 +134,18 @@ def flops_of(way: Way, shape: UpdateShape, spec: BackboneSpec, adapter: AdapterC
 
 def compare(update: Update, tolerance: float) -> dict[str, float]:
     """Largest absolute differences from naive, which also warms everything up."""
+    print("    compared: naive", end="", file=sys.stderr, flush=True)
     naive = update.outcome("naive")
     largest = {"logit": 0.0, "grad": max(g.abs().max().item() for g in naive.gradients.values())}
     differ = {"logit": 0.0, "grad": 0.0}
     for way in WAYS[1:]:
+        print(f", {way}", end="", file=sys.stderr, flush=True)
         other = update.outcome(way)
         largest["logit"], apart = compare_logits(naive.hidden, other.hidden, update.backbone.own_head)
         differ["logit"] = max(differ["logit"], apart)
         differ["grad"] = max(differ["grad"], *((g - other.gradients[name]).abs().max().item()
                                                for name, g in naive.gradients.items()))
+    print(file=sys.stderr, flush=True)
     for what, value in differ.items():
         if not value <= tolerance * largest[what]:
             raise ArithmeticError(f"{what}s differ by {value:.2e} where the largest is {largest[what]:.2e}")
@@ -171,7 +175,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scope", choices=("sequence", "completion"), default="sequence")
     parser.add_argument("--sweep", action="store_true",
                         help="the map from 16k/1k to 1k/8k, both scopes, first layer 0 and half depth")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    add_json_option(parser, "write the results there, rows of --sweep as they come")
     options = parser.parse_args(arguments)
     refuse_below(parser, options, max_tokens=1, scale=1)
     refuse_impossible_groups(parser, options)
@@ -204,7 +208,7 @@ def show(row: dict) -> None:
         print(f"  {way:<12}{seconds:>9.3f}{flops / 1e12:>9.3f}{flops / seconds / 1e9:>9.1f}{ratio:>8.2f}"
               f"{predicted:>11.2f}{ratio / predicted:>9.0%}")
     print(f"  largest difference: logits {row['max_logit_diff']:.1e} of {row['max_logit']:.1f}, adapter gradients "
-          f"{row['max_grad_diff']:.1e} of {row['max_grad']:.1e}")
+          f"{row['max_grad_diff']:.1e} of {row['max_grad']:.1e}", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -213,9 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     spec = spec_of(options)
     where = machine()
-    print(f"{where['device']}: {where['cpu']}, {where['threads']} threads, load {where['load']}, torch "
-          f"{where['torch']}, {options.dtype}")
-    print(describe(spec, options.rank))
+    print(f"{where['device']}: {where['cpu']}, {where['threads']} threads, load {where['load']:.1f}, torch "
+          f"{where['torch']}, {options.dtype}\n{describe(spec, options.rank)}", flush=True)
     if options.sweep:
         print(f"lengths are {', '.join(f'{p}/{r}' for p, r in SWEEP_LENGTHS)} divided by {options.scale}")
     model = model_of(options, recompute=options.recompute)
@@ -225,14 +228,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for shape, adapter in cases(options):
             rows.append(measure(spec, shape, adapter, groups, model, options.max_tokens, options.repeats))
             show(rows[-1])
+            save_json(options.json, {"rows": rows} if options.sweep else rows[0], where, options)
     except (ArithmeticError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ArithmeticError) else 2
     finally:
         groups.destroy()
-    save_json(options.json, {"rows": rows} if options.sweep else rows[0], where, options)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

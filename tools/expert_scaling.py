@@ -16,7 +16,6 @@ the larger half of the N, where lower-order terms have faded.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench_record import add_json_option, end, machine, refuse_below, save_json, writable
 from expert_step import TINY, run_jobs
 from forked_ranks import fork_ranks
 
@@ -232,53 +232,70 @@ def plot(rows: Sequence[Row | Measurement], out: Path, name: str, flops: str) ->
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the plots")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write rows and exponents there")
+    parser.add_argument("--out", type=lambda name: writable(f"{name}/scaling.png").parent, default=Path("results"),
+                        metavar="DIR", help="folder of the plots (%(default)s)")
+    add_json_option(parser, "also write rows and exponents there; what is measured as it comes")
     parser.add_argument("--backbone", metavar="DIR", help="Hugging Face directory; only config.json is read")
-    parser.add_argument("--experts", type=int, nargs="+", default=list(COUNTS))
-    parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES))
+    parser.add_argument("--experts", type=int, nargs="+", default=list(COUNTS), metavar="N",
+                        help="numbers of experts (2 4 8 16 32)")
+    parser.add_argument("--topologies", nargs="+", default=list(TOPOLOGIES), metavar="NAME",
+                        help="as exchange.topology (full hub ring expander(3))")
     parser.add_argument("--measure", type=int, nargs="*", default=[], metavar="N", help="also measure with N experts")
     parser.add_argument("--replicas", type=int, default=2, help="of the placement with a fixed number (default: 2)")
     parser.add_argument("--prompts", type=int, default=256, help="native prompts per expert and step")
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--completion-tokens", type=int, default=1024)
-    parser.add_argument("--signal", default="topk", choices=["sampled", "topk", "full"])
-    parser.add_argument("--topk", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=32)
-    return parser.parse_args(arguments)
+    for name, default, text in (("prompt-tokens", 512, "tokens of a prompt"),
+                                ("completion-tokens", 1024, "tokens of a completion"),
+                                ("topk", 64, "ids per token of signal topk"), ("rank", 32, "rank of the adapters")):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument("--signal", default="topk", choices=["sampled", "topk", "full"], help="(%(default)s)")
+    options = parser.parse_args(arguments)
+    refuse_below(parser, options, experts=2, measure=2, replicas=1, prompts=1, prompt_tokens=1, completion_tokens=1,
+                 topk=1, rank=1)
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Count, print, plot, write."""
+    """0; 1 when a rank fails; 2 when something impossible was asked for."""
     options = parse(arguments)
-    spec = read_spec(options.backbone) if options.backbone else QWEN3_VL_4B
-    if options.measure:
-        torch.set_num_threads(1)  # ranks are forked: the parent must own no other threads
-    measured = []
+    try:
+        run(options)
+    except (ArithmeticError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, ArithmeticError) else 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Count, measure, print, plot, write."""
+    torch.set_num_threads(1)  # ranks are forked: the parent must own no other threads
+    spec, where = read_spec(options.backbone) if options.backbone else QWEN3_VL_4B, machine()
+    rows, missing = study(spec, options)
+    if not rows:
+        raise UserError("; ".join(missing))
+    measured: list[Measurement] = []
+
+    def save() -> None:
+        fits, measured_fits = list(exponents(rows)), list(exponents(measured, MEASURED))
+        save_json(options.json, {"rows": [asdict(r) for r in rows], "exponents": fits,
+                                 "measured": [asdict(m) for m in measured], "measured_exponents": measured_fits,
+                                 "left_out": missing}, where, options)
+
     for point in measurements(options):
         print(f"measured: {point.topology}, {point.rule}, {point.experts} experts, replicas: {point.replicas}",
               flush=True)
         measured.append(point)
-    rows, missing = study(spec, options)
-    fits, measured_fits = list(exponents(rows)), list(exponents(measured, MEASURED))
-    print(text(rows, fits))
+        save()
+    print(text(rows, list(exponents(rows))))
     files = plot(rows, options.out, "scaling", "step_flops")
     if measured:
-        print(text(measured, measured_fits, MEASURED))
+        print(text(measured, list(exponents(measured, MEASURED)), MEASURED))
         files += plot(measured, options.out, "measured", "score_flops")
     for reason in missing:
         print(f"left out: {reason}")
     for file in files:
         print(f"written: {file}")
-    if options.json:
-        given = {name: value if isinstance(value, int | str | list) else str(value)
-                 for name, value in vars(options).items() if name not in ("out", "json") and value is not None}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"options": given, "rows": [asdict(r) for r in rows], "exponents": fits,
-                                            "measured": [asdict(m) for m in measured],
-                                            "measured_exponents": measured_fits, "left_out": missing}, indent=2) + "\n")
-    return 0
+    save()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

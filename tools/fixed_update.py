@@ -13,6 +13,7 @@ import torch
 from bench_record import peak_of
 from transformers import AutoTokenizer
 
+import copd_megatron.platform  # noqa: F401  (before any of Megatron, whose notices it silences)
 from copd_megatron.checkpoint.adapter import Adapter
 from copd_megatron.checkpoint.peft import save_peft_adapter
 from copd_megatron.config.model import AdapterConfig

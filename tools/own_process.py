@@ -1,16 +1,18 @@
 """Work in an interpreter of its own, so that nothing of other work is in its memory, with a limit on its time.
 
 The process is spawned, not forked: a forked one has the parent's pool of OpenMP threads without the threads, and
-waits for them for ever. So it imports again what the work needs, a few seconds.
+waits for them for ever. So it imports again what the work needs, a few seconds. Ctrl-C is this process's to answer: it
+ends the other one.
 """
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ def in_a_process(work: Callable[..., Any], *given: Any, limit_s: float = 3600.0)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(theirs, work, given))
-    process.start()
+    with _deaf_to_interrupts():
+        process.start()
     theirs.close()
     try:
         if not ours.poll(limit_s):
@@ -52,6 +55,16 @@ def in_a_process(work: Callable[..., Any], *given: Any, limit_s: float = 3600.0)
     if isinstance(outcome, UserError | ArithmeticError):
         raise outcome
     return outcome
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started inside ignore SIGINT, while they import as well."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _child(connection: Connection, work: Callable[..., Any], given: Sequence[Any]) -> None:

@@ -32,6 +32,7 @@ from copd_megatron.launch import environment  # noqa: E402
 environment.set_defaults()  # before the libraries that read them
 
 import torch  # noqa: E402
+from bench_record import add_json_option, end, writable  # noqa: E402
 from step_work import StepWork  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
@@ -93,14 +94,14 @@ def timed_steps(trainer: Trainer, options: argparse.Namespace, kinds: Sequence[s
     work, each = StepWork(trainer), options.warmup + options.steps
     found: dict[str, StepProfile] = {}
     for number, kind in enumerate(kinds):
-        rows = [_step(trainer, work, number * each + turn, kind) for turn in range(each)]
+        rows = [_step(trainer, work, number * each + turn, kind, f"{turn + 1} of {each}") for turn in range(each)]
         # The one with the median duration: its phases add up.
         found[kind] = sorted(rows[options.warmup:], key=lambda row: row.step_s)[(options.steps - 1) // 2]
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA] if torch.cuda.is_available()
                  else [ProfilerActivity.CPU]) as profiler:
         for number, kind in enumerate(kinds):
             with record_function(STEP + kind):
-                _step(trainer, work, (2 + number) * each, kind)
+                _step(trainer, work, (2 + number) * each, kind, "under the profiler")
     if options.trace and trainer.groups.is_main:
         partial = options.trace.with_name(options.trace.name + ".tmp")
         profiler.export_chrome_trace(str(partial))
@@ -110,14 +111,16 @@ def timed_steps(trainer: Trainer, options: argparse.Namespace, kinds: Sequence[s
     return found
 
 
-def _step(trainer: Trainer, work: StepWork, step: int, kind: str) -> StepProfile:
-    """One step as the trainer's loop takes it."""
+def _step(trainer: Trainer, work: StepWork, step: int, kind: str, which: str) -> StepProfile:
+    """One step as the trainer's loop takes it; says when it is done."""
     trainer.timers.collect()
     work.collect()
     metrics = trainer.train_step(step, kind)
     values = trainer.timers.collect()
     own = work.collect() if trainer.groups.is_replica_main else {}
     flops = reduce_scalars({p: own[p].total if p in own else 0.0 for p in PHASES}, trainer.groups.world, "sum")
+    if trainer.groups.is_main:
+        print(f"{kind} step {which}: {values['time/step_s']:.2f} s", file=sys.stderr, flush=True)
     seconds = {p: values[f"time/{p}_s"] for p in PHASES if f"time/{p}_s" in values}
     return StepProfile(values["time/step_s"], seconds, {p: flops[p] for p in seconds}, metrics["tokens/step"],
                        metrics["memory/peak_bytes"])
@@ -159,9 +162,9 @@ class _Ranges:
         self.starts: list[float] = []
         self.names: list[str | None] = []
         open_: list[tuple[float, str]] = []
-        for start, end, name in sorted(ranges, key=lambda r: (r[0], -r[1])):
+        for start, until, name in sorted(ranges, key=lambda r: (r[0], -r[1])):
             self._close(open_, start)
-            open_.append((end, name))
+            open_.append((until, name))
             self._border(start, name)
         self._close(open_, float("inf"))
 
@@ -256,16 +259,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, default, text in (("steps", 1, "timed steps of each kind; the median one counts"),
                                 ("warmup", 1, "steps of each kind before them"), ("top", 15, "operators to list")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of the profiled steps there")
+    add_json_option(parser, "write the numbers there")
+    parser.add_argument("--trace", type=writable, metavar="FILE",
+                        help="write a Chrome trace of the profiled steps there")
     options = parser.parse_args(arguments)
     for name, least in (("steps", 1), ("warmup", 0), ("top", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name}: {getattr(options, name)}; at least {least}")
-    for name in ("json", "trace"):
-        file = getattr(options, name)
-        if file is not None and not file.absolute().parent.is_dir():
-            parser.error(f"--{name}: {file.parent} is no folder; make it first")
     return options
 
 
@@ -317,4 +317,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -112,6 +112,7 @@ def test_a_machine_is_measured_and_wrong_answers_end_the_program(bench, monkeypa
     (["--header", "12"], "--header: 12; less than the prefix's 12"),
     (["--kv-heads", "3"], "--kv-heads: 3; a divisor of the 2 heads"),
     (["--hidden", "30"], "--hidden: 30; a multiple of 2 x the 2 heads"),
+    (["--first-layer", "2"], "--first-layer: 2; below the 2 --layers"),
     (["--json", "/"], "--json: / is a folder")])
 def test_impossible_arguments_are_refused(bench, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
@@ -119,9 +120,6 @@ def test_impossible_arguments_are_refused(bench, capsys, arguments, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--hardware", "h10"], "--hardware: 'h10' is neither built in nor a file"),
-    (["--hardware", "cpu", "--first-layer", "2"], "adapter.first_layer: 2; the backbone has 2 layers")])
-def test_what_the_package_refuses_is_one_line(bench, capsys, arguments, message):
-    assert bench.main([*SMALL, "--batch", "2", *arguments]) == 2
-    assert message in capsys.readouterr().err
+def test_what_the_package_refuses_is_one_line(bench, capsys):
+    assert bench.main([*SMALL, "--batch", "2", "--hardware", "h10"]) == 2
+    assert "--hardware: 'h10' is neither built in nor a file" in capsys.readouterr().err

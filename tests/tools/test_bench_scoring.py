@@ -78,13 +78,9 @@ def test_experts_that_are_mixed_up_are_an_error(bench, one_rank):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--experts", "1"], "--experts: 1; at least 2"), (["--header", "13"], "--header: 13; at most the prefix's 12"),
+    (["--first-layer", "0", "2"], "--first-layer: 2; below the 2 --layers"),
     (["--head-dim", "3"], "--head-dim: 3; even, at least 2"), (["--attention", "fast"], "invalid choice: 'fast'")])
 def test_impossible_arguments_are_refused(bench, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         bench.main([*SMALL, *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_a_first_layer_beyond_the_backbone_is_one_line(bench, capsys):
-    assert bench.main([*SMALL, "--first-layer", "2"]) == 2
-    assert "adapter.first_layer: 2; the backbone has 2 layers" in capsys.readouterr().err

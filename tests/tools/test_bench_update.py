@@ -105,13 +105,9 @@ def test_a_way_that_computes_something_else_is_an_error(bench, one_rank, part):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--prefix", "2"], "--header: 3; at most the prefix's 2"), (["--group", "0"], "--group: 0; at least 1"),
-    (["--kv-heads", "3"], "--kv-heads: 3; a divisor of the 2 heads")])
+    (["--kv-heads", "3"], "--kv-heads: 3; a divisor of the 2 heads"),
+    (["--first-layer", "2"], "--first-layer: 2; below the 2 --layers")])
 def test_impossible_shapes_are_refused(bench, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         bench.main([*SMALL, *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_a_first_layer_beyond_the_backbone_is_one_line(bench, capsys):
-    assert bench.main([*SMALL, "--prefix", "8", "--first-layer", "2"]) == 2
-    assert "adapter.first_layer: 2; the backbone has 2 layers" in capsys.readouterr().err

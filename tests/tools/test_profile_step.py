@@ -131,7 +131,7 @@ def test_the_innermost_range_counts(tool):
     (["--hardware", "h10"], "--hardware: 'h10' is neither built in nor a file; .*did you mean h100"),
     (["--set", "rollout.prompt_per_step=2"], "rollout.prompt_per_step.*prompts_per_step"),
     (["--steps", "0"], "--steps: 0; at least 1"),
-    (["--json", "no/folder/x.json"], "--json: no/folder is no folder"),
+    (["--trace", "/"], "--trace: / is a folder; a file to write"),
 ])
 def test_bad_input_is_one_line(tool, recipe, capsys, arguments, message):
     try:
