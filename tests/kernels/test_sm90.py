@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for sm_90, spills next to nothing and fits a multiprocessor. No GPU is needed."""
+"""Every Triton kernel compiles for sm_90, spills nothing and fits a multiprocessor. No GPU is needed."""
 import json
 import os
 import subprocess
@@ -10,12 +10,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_BYTES = 227 * 1024
 """What one block may have on sm_90."""
-STACK = {"vocab_topk": 8}
-"""Bytes that a kernel may keep on its stack."""
 REGISTERS = 65536
 """Of a multiprocessor."""
 JOBS = {"prefix_attention 128 bfloat16": {"_forward", "_query_gradient", "_key_gradient"},
-        "vocab_topk": {"_row"}, "topk_kl": {"_row"}, "linear_logprob": {"_scores", "_gradient", "_probabilities"},
+        "vocab_topk": {"_collect", "_sort"}, "topk_kl": {"_row"},
+        "linear_logprob": {"_scores", "_gradient", "_probabilities"},
         "grouped_lora": {"_multiply", "_outer"}, "rowwise_fp8": {"_row"}}
 """Jobs of ``support/sm90.py`` and the kernels that they launch."""
 
@@ -35,9 +34,9 @@ def test_every_kernel_compiles(compiled):
     assert {job: {row["kernel"] for row in compiled if row["job"] == job} for job in JOBS} == JOBS
 
 
-def test_kernels_fit_a_multiprocessor_and_spill_next_to_nothing(compiled):
+def test_kernels_fit_a_multiprocessor_and_spill_nothing(compiled):
     for row in compiled:
-        assert row["stack"] <= STACK.get(row["job"], 0) and row["shared"] <= SHARED_BYTES, row
+        assert row["stack"] == 0 and row["shared"] <= SHARED_BYTES, row
         assert 0 < row["registers"] * row["warps"] * 32 <= REGISTERS, row
 
 

@@ -77,13 +77,23 @@ def test_triton_equals_the_reference(vocab, k, monkeypatch):
 
 
 def blocks_of(size: int, monkeypatch) -> None:
-    """Many small blocks, so that few columns reach every branch."""
+    """Many small blocks and a short queue, so that few columns reach every branch."""
     monkeypatch.setattr(triton_impl, "BLOCK", size)
+    monkeypatch.setattr(triton_impl, "QUEUE", size)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 90), st.integers(1, 8), st.sampled_from([1, 3, 100]))
+def test_triton_takes_the_lowest_ids_of_equal_values_from_any_block(seed, vocab, k, spread):
+    with pytest.MonkeyPatch.context() as patch:
+        blocks_of(16, patch)
+        generator = torch.Generator().manual_seed(seed)
+        equal_to_reference(torch.randint(-spread, spread + 1, (2, vocab), generator=generator).float(), k)
 
 
 @pytest.mark.parametrize("order", ["random", "rising", "falling", "equal", "masked"])
 def test_triton_keeps_the_best_of_many_blocks(order, monkeypatch):
-    """Rising rows fill the buffer of candidates in every block, falling ones never."""
+    """Of rising rows every block has the best so far, of falling ones only the first."""
     blocks_of(16, monkeypatch)
     row = torch.randn(203)
     row = {"rising": row.sort().values, "falling": row.sort(descending=True).values, "equal": torch.ones(203),

@@ -7,7 +7,8 @@ Shapes: R rows (tokens), V columns (vocabulary, or one shard of it), K kept, J c
 answer does not depend on how the columns are cut: ``merge_topk`` over the shards' answers equals the answer over all
 columns. (``torch.topk`` promises nothing about equal values.)
 
-FLOPs: about 3 R V (compare, subtract, exp) plus R K log K. Bytes: R V x itemsize read once, R K x 12 written;
+FLOPs: about 4 R V (compare, subtract, two exp) plus R K log K. Bytes: R V x itemsize read once, R K x 12 written, in
+Triton also a queue of max(512, 2 K) candidates per row, 8 bytes each;
 the reference reads the row about four times and holds one more [R, V] tensor; rows with equal values at the border, on
 CUDA all rows, take another pass of top-k and three such tensors.
 Limits: 1 <= k (<= 256 in Triton); V < 2^30; a shard narrower than k fills up with value -inf and id -1; NaN gives no
