@@ -13,6 +13,8 @@ CASES = {
     "indices": ([torch.tensor([5, 1, 7]), torch.tensor([0, 2]), torch.empty(0, dtype=torch.int64)], (4, 4, 4), 9),
     "more than a tile": ([slice(0, TILE + 6), torch.arange(TILE + 9, 2 * TILE + 20)], (17, 2), 2 * TILE + 20),
     "one expert": ([slice(0, 4)], (1,), 4),
+    "nobody has rows": ([slice(0, 0), torch.empty(0, dtype=torch.int64)], (3, 2), 5),
+    "no stream": ([slice(0, 0)], (3,), 0),
 }
 
 
@@ -73,6 +75,48 @@ def test_shares_of_rows_add_up(name, columns, monkeypatch):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-4)
 
 
+def test_views_and_expanded_gradients():
+    """x and h between other numbers, y whose rows overlap or are columns, a gradient of one number for all."""
+    case = Case("slices, one empty", "all", torch.float32)
+    wide = torch.randn(len(case.x), IN + 7, device=DEVICE)
+    for y in (torch.randn(OUT, device=DEVICE).expand(len(case.x), OUT), torch.randn(OUT, len(case.x), device=DEVICE).T):
+        outcomes = []
+        for module, dtype in ((reference, torch.float64), (triton_impl, torch.float32)):
+            x = wide.to(dtype)[:, 3:3 + IN].requires_grad_()
+            factors = [[f.detach().to(dtype).requires_grad_() for f in own] for own in (case.down, case.up)]
+            h = torch.nn.functional.pad(module.grouped_down(x, factors[0], case.segments), (2, 1))[:, 2:-1]
+            before = y.to(dtype)
+            out = module.grouped_up(before, h, factors[1], case.scales, case.segments)
+            outcomes.append([t.double() for t in (out, *torch.autograd.grad(out.sum(), [x, *factors[0], *factors[1]]))])
+            assert torch.equal(before, y.to(dtype)), "y that cannot be written in place is left alone"
+        for truth, found in zip(*outcomes, strict=True):
+            torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("wanted", ["x", "down", "up"])
+def test_triton_leaves_out_gradients_that_nobody_wants(wanted, monkeypatch):
+    """And what is wanted alone is what it is beside the others."""
+    case, plain = (Case("indices", "q of qkv", dtype) for dtype in (torch.float32, torch.float64))
+    names = ["x", "y", *(f"down{n}" for n in range(3)), *(f"up{n}" for n in range(3))]
+    _, _, *truth = plain.outcome(reference)
+    for leaf in [case.x, case.y, *case.down, *case.up]:
+        leaf.requires_grad_(False)
+    leaves = {"x": [case.x], "down": case.down, "up": case.up}[wanted]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    h = triton_impl.grouped_down(case.x, case.down, case.segments)
+    out = triton_impl.grouped_up(case.y * 1, h, case.up, case.scales, case.segments, case.columns)
+    found = torch.autograd.grad((out * case.pull).sum(), leaves)
+    for one, want in zip(found, [t for name, t in zip(names, truth) if name.startswith(wanted)], strict=True):
+        torch.testing.assert_close(one.double(), want, rtol=1e-4, atol=2e-4)
+
+
+def test_scales_reach_the_device_once():
+    """The host would wait for it at every linear."""
+    numbers = (0.5, 2.0)
+    assert triton_impl._on_device(numbers, DEVICE) is triton_impl._on_device(numbers, DEVICE)
+
+
 def test_triton_keeps_bfloat16_products_in_float32():
     case = Case("slices, one empty", "all", torch.bfloat16)
     for found, truth in zip(case.outcome(triton_impl), case.outcome(reference), strict=True):
@@ -86,6 +130,18 @@ def test_no_experts_and_bad_arguments(module):
     assert h.shape == (3, 0) and torch.equal(module.grouped_up(x.clone(), h, [], [], none), x)
     with pytest.raises(ValueError, match="one each"):
         module.grouped_down(x, [torch.ones(1, 4)], none)
+    one, two = (Segments.build([slice(0, 3)] * n, DEVICE) for n in (1, 2))
+    a, b, y = torch.ones(2, 4, device=DEVICE), torch.ones(4, 2, device=DEVICE), torch.ones(3, 4, device=DEVICE)
+    with pytest.raises(ValueError, match=r"\[\(2, 4\)\] for rows of 5; A is"):
+        module.grouped_down(torch.ones(3, 5, device=DEVICE), [a], one)
+    with pytest.raises(ValueError, match="rows up to 4 of a stream of 3; inside the stream"):
+        module.grouped_down(x, [a], Segments.build([slice(0, 4)], DEVICE))
+    h = module.grouped_down(x, [a], one)
+    for factors, columns in (([b], (1, 4, 0)), ([b], (0, 3, 0)), ([b[:3]], None), ([torch.ones(4, 3)], None)):
+        with pytest.raises(ValueError, match="for h of 2 and y of 4 columns, at .*; B is"):
+            module.grouped_up(y, h, factors, [1.0], one, columns)
+    with pytest.raises(ValueError, match="B is"):
+        module.grouped_up(y, h, [b[:3], b], [1.0, 1.0], two, (0, 3, 0))
 
 
 def test_triton_refuses_float64():

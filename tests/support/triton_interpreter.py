@@ -4,7 +4,8 @@ Checked against triton 3.7.1 (triton/runtime/interpreter.py). Each repair says w
 
 * casts from float32 to bfloat16 cut the low bits off, casts to FP8 lose the carry into the exponent;
 * ``tl.dot`` multiplies the bit patterns of bfloat16 operands as integers;
-* the xor reduction inside ``tl.sort`` and ``tl.topk`` calls Python once per element.
+* the xor reduction inside ``tl.sort`` and ``tl.topk`` calls Python once per element;
+* every tensor is copied back to where it came from, on a CPU onto itself, whole memory pages that nobody touched too.
 
 Interpretation is decided when ``triton.jit`` decorates a function, so the environment variable must be set before
 a kernel module is imported: ``tests/conftest.py`` calls ``install`` first of all where there is no GPU.
@@ -31,7 +32,7 @@ def install() -> None:
     from triton.runtime import interpreter
 
     stock_cast, stock_dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
-    stock_reduce = interpreter.ReduceOps.apply_impl
+    stock_reduce, stock_restore = interpreter.ReduceOps.apply_impl, interpreter.GridExecutor._restore_args_dev
 
     def cast(data, source, target, rounding):
         if source.name in _FLOATS and target.name in _FLOATS:
@@ -50,9 +51,19 @@ def install() -> None:
             return self.to_tensor(np.bitwise_xor.reduce(data.ravel()), x.dtype)
         return self.to_tensor(np.bitwise_xor.reduce(data, axis=self.axis, keepdims=self.keep_dims), x.dtype)
 
+    def restore(self, args_dev, args_hst, kwargs, kwargs_hst):
+        if not all(_on_cpu(arg) for arg in (*args_dev, *kwargs.values())):
+            stock_restore(self, args_dev, args_hst, kwargs, kwargs_hst)
+
+    interpreter.GridExecutor._restore_args_dev = restore
     interpreter._convert_float = cast
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter.ReduceOps.apply_impl = reduce
+
+
+def _on_cpu(arg) -> bool:
+    """Whether an argument is a number, or a tensor that the interpreter works on where it is."""
+    return isinstance(arg, (bool, int, float)) or arg is None or isinstance(arg, torch.Tensor) and not arg.is_cuda
 
 
 def _tensor(data: np.ndarray, name: str) -> torch.Tensor:

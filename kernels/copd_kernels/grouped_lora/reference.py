@@ -17,10 +17,34 @@ def column_index(count: int, columns: Columns, device: torch.device) -> Tensor:
     return first + n // width * step + n % width
 
 
-def check_groups(segments: Segments, factors: Sequence[Tensor]) -> None:
-    """Raise ValueError unless there is one factor per expert."""
+def check_down(x_TK: Tensor, factors: Sequence[Tensor], segments: Segments) -> None:
+    """Raise ValueError for what ``grouped_down`` takes in no form."""
+    _check(len(x_TK), factors, segments)
+    if any(a.shape[1] != x_TK.shape[1] for a in factors):
+        raise ValueError(f"factors: {[tuple(a.shape) for a in factors]} for rows of {x_TK.shape[1]}; A is [r, K]")
+
+
+def check_up(y_TM: Tensor, h_TR: Tensor, factors: Sequence[Tensor], segments: Segments,
+             columns: Columns | None) -> None:
+    """Raise ValueError for what ``grouped_up`` takes in no form."""
+    _check(min(len(y_TM), len(h_TR)), factors, segments)
+    if not factors:
+        return
+    count = factors[0].shape[0]
+    first, width, step = columns or (0, count, 0)
+    last = first + (count - 1) // width * step + min(count, width)
+    fits = last <= y_TM.shape[1] and (columns is not None or count == y_TM.shape[1])
+    if not fits or step < width < count or any(b.shape[0] != count or b.shape[1] > h_TR.shape[1] for b in factors):
+        raise ValueError(f"factors: {[tuple(b.shape) for b in factors]} for h of {h_TR.shape[1]} and y of "
+                         f"{y_TM.shape[1]} columns, at {columns}; B is [N, r], its rows each in a column of y")
+
+
+def _check(tokens: int, factors: Sequence[Tensor], segments: Segments) -> None:
     if len(segments.routes) != len(factors):
         raise ValueError(f"factors: {len(factors)} for {len(segments.routes)} experts; one each")
+    end = max((rows.stop for rows in segments.routes if isinstance(rows, slice)), default=0)
+    if end > tokens:
+        raise ValueError(f"segments: rows up to {end} of a stream of {tokens}; inside the stream")
 
 
 def grouped_down(x_TK: Tensor, factors: Sequence[Tensor], segments: Segments) -> Tensor:
@@ -31,9 +55,9 @@ def grouped_down(x_TK: Tensor, factors: Sequence[Tensor], segments: Segments) ->
         segments: their rows.
 
     Raises:
-        ValueError: not one factor per expert.
+        ValueError: not one factor per expert, or shapes that do not fit.
     """
-    check_groups(segments, factors)
+    check_down(x_TK, factors, segments)
     width = max((a.shape[0] for a in factors), default=0)
     h_TR = x_TK.new_zeros(len(x_TK), width)
     for rows, a in zip(_indices(segments), factors):
@@ -52,9 +76,9 @@ def grouped_up(y_TM: Tensor, h_TR: Tensor, factors: Sequence[Tensor], scales: Se
         columns: where B's rows go in y; None: N = M, in order.
 
     Raises:
-        ValueError: not one factor per expert.
+        ValueError: not one factor per expert, or shapes that do not fit.
     """
-    check_groups(segments, factors)
+    check_up(y_TM, h_TR, factors, segments, columns)
     for rows, b, scale in zip(_indices(segments), factors, scales):
         part = (h_TR[rows, :b.shape[1]] * scale) @ b.to(h_TR.dtype).T
         where = column_index(b.shape[0], columns or (0, b.shape[0], 0), y_TM.device)

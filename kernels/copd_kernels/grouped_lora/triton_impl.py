@@ -7,6 +7,7 @@ Gradients of factors: one program per expert and tile of the factor, a loop over
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from copd_kernels.grouped_lora.reference import Columns, check_groups
+from copd_kernels.grouped_lora.reference import Columns, check_down, check_up
 from copd_kernels.grouped_lora.segments import TILE, Segments
 
 WIDE, DEEP = 128, 64
@@ -129,18 +130,18 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, segments: Segments, *factors: Tensor) -> Tensor:
         stack = _stacked(factors, x.dtype)
-        ones = torch.ones(len(factors), device=x.device)
+        ones = _on_device((1.0,) * len(factors), x.device)
         width = stack.shape[1]
-        ctx.save_for_backward(x, ones, *factors)
-        ctx.segments = segments
+        ctx.save_for_backward(x, *factors)
+        ctx.segments, ctx.ones = segments, ones
         return _multiplied(x, stack, x.new_zeros(len(x), width), ones, segments, False, (0, width, 0),
                            (0, x.shape[1], 0), add=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, ones, *factors = ctx.saved_tensors
-        grad, dx, gradients = grad.contiguous(), None, [None] * len(factors)
+        x, *factors = ctx.saved_tensors
+        grad, ones, dx, gradients = grad.contiguous(), ctx.ones, None, [None] * len(factors)
         if ctx.needs_input_grad[0]:
             dx = _multiplied(grad, _stacked(factors, grad.dtype), torch.zeros_like(x), ones, ctx.segments, True,
                              (0, x.shape[1], 0), (0, grad.shape[1], 0), add=False)
@@ -154,8 +155,8 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, scales: Tensor, segments: Segments, columns: Columns,
                 *factors: Tensor) -> Tensor:
-        ctx.save_for_backward(h, scales, *factors)
-        ctx.segments, ctx.columns = segments, columns
+        ctx.save_for_backward(h, *factors)
+        ctx.segments, ctx.columns, ctx.scales = segments, columns, scales
         stack = _stacked(factors, h.dtype)
         # The same memory as a new tensor: autograd forbids marking a view, which Megatron's linears return, as changed.
         return _multiplied(h, stack, y.detach(), scales, segments, False, columns, (0, stack.shape[2], 0), add=True)
@@ -163,8 +164,8 @@ class _Up(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        h, scales, *factors = ctx.saved_tensors
-        dense, dh, gradients = grad.contiguous(), None, [None] * len(factors)
+        h, *factors = ctx.saved_tensors
+        scales, dense, dh, gradients = ctx.scales, grad.contiguous(), None, [None] * len(factors)
         if ctx.needs_input_grad[1]:
             stack = _stacked(factors, h.dtype)
             dh = _multiplied(dense, stack, torch.zeros_like(h), scales, ctx.segments, True, (0, stack.shape[2], 0),
@@ -174,8 +175,18 @@ class _Up(torch.autograd.Function):
         return grad, dh, None, None, None, *gradients
 
 
-def _check(x: Tensor, factors: Sequence[Tensor], segments: Segments) -> None:
-    check_groups(segments, factors)
+@lru_cache(maxsize=1024)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """[G] float32. Kept, because the host waits for the device when it copies from memory that is not pinned."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it where its rows overlap or their numbers do not lie side by side."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _not_wide(x: Tensor) -> None:
     if x.dtype == torch.float64:
         raise ValueError("grouped_lora in Triton: float64; float32, bfloat16 or float16; use the reference "
                          "(model.kernels=reference)")
@@ -183,17 +194,20 @@ def _check(x: Tensor, factors: Sequence[Tensor], segments: Segments) -> None:
 
 def grouped_down(x_TK: Tensor, factors: Sequence[Tensor], segments: Segments) -> Tensor:
     """As ``reference.grouped_down``. ValueError also for float64."""
-    _check(x_TK, factors, segments)
+    check_down(x_TK, factors, segments)
+    _not_wide(x_TK)
     if not factors:
         return x_TK.new_zeros(len(x_TK), 0)
-    return _Down.apply(x_TK.contiguous(), segments, *factors)
+    return _Down.apply(_dense_rows(x_TK), segments, *factors)
 
 
 def grouped_up(y_TM: Tensor, h_TR: Tensor, factors: Sequence[Tensor], scales: Sequence[float], segments: Segments,
                columns: Columns | None = None) -> Tensor:
-    """As ``reference.grouped_up``, but y is overwritten: the caller must not need it any more."""
-    _check(h_TR, factors, segments)
+    """As ``reference.grouped_up``, but y is overwritten (a copy, where its rows are not dense): the caller must not
+    need it any more."""
+    check_up(y_TM, h_TR, factors, segments, columns)
+    _not_wide(h_TR)
     if not factors:
         return y_TM
-    moved = torch.tensor(list(scales), dtype=torch.float32, device=h_TR.device)
-    return _Up.apply(y_TM, h_TR.contiguous(), moved, segments, columns or (0, factors[0].shape[0], 0), *factors)
+    return _Up.apply(_dense_rows(y_TM), _dense_rows(h_TR), _on_device(tuple(map(float, scales)), h_TR.device),
+                     segments, columns or (0, factors[0].shape[0], 0), *factors)

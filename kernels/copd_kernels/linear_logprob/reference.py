@@ -129,18 +129,32 @@ def picked_gradient(rest_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, logprobs
         [T, H] in the math dtype; its sum over the shards is the gradient.
     """
     with torch.no_grad():
-        grad_TK = grad_TK.to(rest_TH.dtype)
-        total_T1 = grad_TK.sum(1, keepdim=True)
-        ids_TK, order_TK = ids_TK.sort(1)  # an id given twice has its probability taken off once
-        own_TK = logprobs_TK.exp().gather(1, order_TK)
-        own_TK[:, 1:].masked_fill_(ids_TK[:, 1:] == ids_TK[:, :-1], 0)
-        factor_TK = grad_TK.gather(1, order_TK).addcmul_(total_T1, own_TK, value=-1)
-        grad_TH = rest_TH * -total_T1
         vocab = weight_VH.shape[0]
+        ids_TK, factor_TK, total_T1 = picked_factors(ids_TK, logprobs_TK, grad_TK.to(rest_TH.dtype), vocab, temperature)
+        grad_TH = rest_TH * -total_T1
         if vocab:
-            factor_TK.masked_fill_(~_inside(ids_TK, vocab), 0).div_(temperature)
-            grad_TH += _weighted_rows(weight_VH, ids_TK.clamp(0, vocab - 1), factor_TK)
+            grad_TH += _weighted_rows(weight_VH, ids_TK, factor_TK)
         return grad_TH
+
+
+def picked_factors(ids_TK: Tensor, logprobs_TK: Tensor, grad_TK: Tensor, vocab: int, temperature: float
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``picked_gradient`` multiplies the ids' own rows of the head with, and the rest.
+
+    Args:
+        grad_TK: in the math dtype.
+
+    Returns:
+        ids [T, K], each row in rising order, inside [0, V); factors [T, K], 0 at ids of another shard; and [T, 1],
+        the sum of the gradients.
+    """
+    total_T1 = grad_TK.sum(1, keepdim=True)
+    ids_TK, order_TK = ids_TK.sort(1)  # an id given twice has its probability taken off once
+    own_TK = logprobs_TK.exp().gather(1, order_TK)
+    own_TK[:, 1:].masked_fill_(ids_TK[:, 1:] == ids_TK[:, :-1], 0)
+    factor_TK = grad_TK.gather(1, order_TK).addcmul_(total_T1, own_TK, value=-1)
+    factor_TK.masked_fill_(~_inside(ids_TK, vocab), 0).div_(temperature)
+    return ids_TK.clamp(0, max(0, vocab - 1)), factor_TK, total_T1
 
 
 def _weighted_rows(weight_VH: Tensor, ids_TK: Tensor, factor_TK: Tensor) -> Tensor:

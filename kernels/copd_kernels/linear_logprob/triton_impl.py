@@ -7,18 +7,27 @@ gradient, in place, in one read and one write.
 
 Entropy in one read: with s = sum exp(z - m) and u = sum (z - m) exp(z - m), H = log s - u / s; when the running
 maximum m rises by d, s and u become e^-d s and e^-d (u - d s).
+
+What the ids add to a gradient is summed up from the head's rows where they lie: gathered, they would be K times the
+hidden states, in float32.
 """
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from copd_kernels.linear_logprob.reference import ShardScores, block_logits, hidden_gradient, picked_gradient
+from copd_kernels.linear_logprob.reference import ShardScores, block_logits, hidden_gradient, picked_factors
 
 __all__ = ["linear_logprob", "linear_logprob_backward", "picked_gradient", "rest_", "row_scores"]
 
 BLOCK = 4096
 """Logits of a row that one program holds at a time."""
+
+PART = 32
+"""Ids that a row's ids are compared with at a time: all with all would be K^2 numbers in registers."""
+
+WIDE = 512
+"""Hidden dims that one program adds rows of the head up for."""
 
 
 @triton.jit
@@ -52,7 +61,8 @@ def _scores(LOGITS, IDS, LSE, ENTROPY, PICKED, vocab, stride, picks,
 
 @triton.jit
 def _gradient(LOGITS, IDS, LSE, GRAD_PICKED, ENTROPY, GRAD_ENTROPY, vocab, stride, picks,
-              PICKS_TOO: tl.constexpr, ENTROPY_TOO: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr):
+              PICKS_TOO: tl.constexpr, ENTROPY_TOO: tl.constexpr, J: tl.constexpr, PART: tl.constexpr,
+              BLOCK: tl.constexpr):
     """Row of logits -> its gradient, in place: [u = v] g_u - p_v sum g - g_H p_v (log p_v + H)."""
     row = tl.program_id(0).to(tl.int64)
     logits = LOGITS + row * stride
@@ -60,11 +70,9 @@ def _gradient(LOGITS, IDS, LSE, GRAD_PICKED, ENTROPY, GRAD_ENTROPY, vocab, strid
     pick = tl.arange(0, J)
     total = 0.0
     wanted = tl.full([J], -1, tl.int64)
-    given = tl.zeros([J], tl.float32)
     if PICKS_TOO:
         wanted = tl.load(IDS + row * picks + pick, mask=pick < picks, other=-1)
-        given = tl.load(GRAD_PICKED + row * picks + pick, mask=pick < picks, other=0.0).to(tl.float32)
-        total = tl.sum(given, 0)
+        total = tl.sum(tl.load(GRAD_PICKED + row * picks + pick, mask=pick < picks, other=0.0).to(tl.float32), 0)
     slope = 0.0
     entropy = 0.0
     if ENTROPY_TOO:
@@ -83,8 +91,12 @@ def _gradient(LOGITS, IDS, LSE, GRAD_PICKED, ENTROPY, GRAD_ENTROPY, vocab, strid
         tl.store(logits + start + place, grad, mask=inside)
     if PICKS_TOO:
         # An id given twice gets the sum, written twice: the same number, so the order of the writes is no matter.
-        same = wanted[:, None] == wanted[None, :]
-        summed = tl.sum(tl.where(same, given[None, :], 0.0), 1)
+        summed = tl.zeros([J], tl.float32)
+        for first in range(0, picks, PART):
+            part = first + tl.arange(0, PART)
+            others = tl.load(IDS + row * picks + part, mask=part < picks, other=-1)
+            given = tl.load(GRAD_PICKED + row * picks + part, mask=part < picks, other=0.0).to(tl.float32)
+            summed += tl.sum(tl.where(wanted[:, None] == others[None, :], given[None, :], 0.0), 1)
         base = -tl.exp(own) * total
         if ENTROPY_TOO:
             base -= slope * tl.exp(own) * (own + entropy)
@@ -107,6 +119,22 @@ def _probabilities(LOGITS, IDS, LSE, vocab, stride, picks, J: tl.constexpr, BLOC
     pick = tl.arange(0, J)
     wanted = tl.load(IDS + row * picks + pick, mask=pick < picks, other=-1)
     tl.store(logits + wanted, tl.zeros([J], tl.float32), mask=(wanted >= 0) & (wanted < vocab))
+
+
+@triton.jit
+def _add_rows(OUT, WEIGHT, IDS, FACTORS, hidden, stride, picks, BLOCK: tl.constexpr):
+    """OUT[t] += sum over k of FACTORS[t, k] WEIGHT[IDS[t, k]], in the order of k."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden
+    out = OUT + token * hidden + column
+    total = tl.load(out, mask=inside, other=0.0)
+    for k in range(0, picks):
+        factor = tl.load(FACTORS + token * picks + k)
+        if factor != 0.0:  # as it is for an id of another shard
+            at = tl.load(IDS + token * picks + k)
+            total += factor * tl.load(WEIGHT + at * stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out, total, mask=inside)
 
 
 def _fits(hidden_TH: Tensor) -> None:
@@ -168,9 +196,27 @@ def linear_logprob_backward(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor
         tokens, vocab = logits_TV.shape
         if tokens and vocab:
             grad_picked = lse_T if grad_picked_TK is None else grad_picked_TK.contiguous()
-            entropies = (lse_T, lse_T) if grad_entropy_T is None else (entropy_T, grad_entropy_T.contiguous())
+            entropies = ((lse_T, lse_T) if grad_entropy_T is None
+                         else (entropy_T.contiguous(), grad_entropy_T.contiguous()))
             _gradient[(tokens,)](logits_TV, ids_TK.contiguous(), lse_T, grad_picked, *entropies, vocab,
                                  logits_TV.stride(0), ids_TK.shape[1], PICKS_TOO=grad_picked_TK is not None,
                                  ENTROPY_TOO=grad_entropy_T is not None, J=_width(ids_TK.shape[1]),
+                                 PART=min(PART, _width(ids_TK.shape[1])),
                                  BLOCK=min(BLOCK, triton.next_power_of_2(vocab)), num_warps=8)
         return hidden_gradient(logits_TV, hidden_TH, weight_VH, temperature)
+
+
+def picked_gradient(rest_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, logprobs_TK: Tensor, grad_TK: Tensor,
+                    temperature: float) -> Tensor:
+    """As ``reference.picked_gradient``. ValueError for float64."""
+    _fits(rest_TH)
+    with torch.no_grad():
+        vocab, hidden = weight_VH.shape
+        ids_TK, factor_TK, total_T1 = picked_factors(ids_TK, logprobs_TK, grad_TK.to(rest_TH.dtype), vocab, temperature)
+        grad_TH = (rest_TH * -total_T1).contiguous()
+        if vocab and ids_TK.numel():
+            weight_VH = weight_VH if weight_VH.stride(1) == 1 else weight_VH.contiguous()
+            _add_rows[(len(ids_TK), triton.cdiv(hidden, WIDE))](
+                grad_TH, weight_VH, ids_TK.contiguous(), factor_TK.contiguous(), hidden, weight_VH.stride(0),
+                ids_TK.shape[1], BLOCK=min(WIDE, triton.next_power_of_2(hidden)), num_warps=4)
+        return grad_TH
