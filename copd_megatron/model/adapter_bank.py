@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from copd_kernels.grouped_lora.segments import Segments
 from copd_megatron.config.model import AdapterConfig
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.parallel.groups import Groups
@@ -21,6 +23,8 @@ from copd_megatron.parallel.seeding import generator_for
 MODULE_OF = {"q_proj": "self_attn", "k_proj": "self_attn", "v_proj": "self_attn", "o_proj": "self_attn",
              "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp"}
 ROW_PARALLEL = ("o_proj", "down_proj")
+KEPT = 32
+"""Sorted routes that are kept: those of a few microbatches, whose layers alternate in a pipeline."""
 
 
 @dataclass
@@ -32,11 +36,28 @@ class Routing:
     shard: Sequence[tuple[str, Tensor | slice]] | None = None
     """Of this rank's rows between them, the same experts in the same order; None: all rows are on every
     tensor-parallel rank there too (no sequence parallelism)."""
+    _sorted: dict[tuple[int, tuple[int, ...], torch.device], tuple[Any, Segments]] = field(default_factory=dict)
+    """What ``segments`` made, with the routes, so that their ids stay theirs."""
 
     def set(self, current: Sequence[tuple[str, Tensor | slice]],
             shard: Sequence[tuple[str, Tensor | slice]] | None = None) -> None:
         """Before a layer is called."""
         self.current, self.shard = current, shard
+
+    def segments(self, routes: Sequence[tuple[str, Tensor | slice]], places: Sequence[int],
+                 device: torch.device) -> Segments:
+        """Rows of some experts, sorted once for all linears and layers: its tables are copies to the device.
+
+        Args:
+            routes: ``current`` or ``shard``; not changed in place between calls.
+            places: which of them, in order.
+        """
+        key = id(routes), tuple(places), device
+        if key not in self._sorted:
+            if len(self._sorted) >= KEPT:
+                del self._sorted[next(iter(self._sorted))]
+            self._sorted[key] = routes, Segments.build([routes[n][1] for n in places], device)
+        return self._sorted[key][1]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from copd_kernels.backend import Backend, implementation
 from copd_kernels.grouped_lora.reference import Columns
-from copd_kernels.grouped_lora.segments import Segments
 from copd_kernels.rowwise_fp8.linear import frozen_linear
 from copd_megatron.model.adapter_bank import LoraFactors, Routing
 from copd_megatron.model.fp8 import is_fp8
@@ -98,25 +97,22 @@ class _Adapted:
         """The same for all experts at once (``copd_kernels.grouped_lora``)."""
         ops, split = implementation("grouped_lora", self.kernels), self.routing.shard is not None
         inner, outer = self.routes() if split else (self.routing.current, self.routing.current)
-        experts = [expert for expert, _ in inner if self.lora.get(expert)]
-        if not experts:
+        places = [n for n, (expert, _) in enumerate(inner) if self.lora.get(expert)]
+        if not places:
             return y
-        entering, leaving = (Segments.build([rows for e, rows in routes if e in experts], x.device)
-                             for routes in (inner, outer))
-        factors = [[self.lora[e].get(part) for e in experts] for part in self.parts]
+        factors = [[self.lora[inner[n][0]].get(part) for n in places] for part in self.parts]
         rank = max(f.A.shape[0] for own in factors for f in own if f is not None)
         # Of every part the same number of columns, so that the parts of an expert with another rank lie alike.
-        down = [torch.cat([_padded(own[n], x, rank) for own in factors]) for n in range(len(experts))]
-        h = ops.grouped_down(x[:, 0], down, entering)[:, None]
+        down = [torch.cat([_padded(own[n], x, rank) for own in factors]) for n in range(len(places))]
+        h = ops.grouped_down(x[:, 0], down, self.routing.segments(inner, places, x.device))[:, None]
         h = (self.exchange(h) if split else self.meet(h))[:, 0]
         out = y[:, 0]
         for place, (own, columns) in enumerate(zip(factors, self.columns())):
-            if any(f is not None for f in own):
-                present = [n for n, f in enumerate(own) if f is not None]
-                routes = leaving if len(present) == len(own) else Segments.build(
-                    [leaving.routes[n] for n in present], x.device)
-                out = ops.grouped_up(out, h[:, place * rank:(place + 1) * rank], [own[n].B for n in present],
-                                     [own[n].scaling for n in present], routes, columns)
+            there = [n for n, f in enumerate(own) if f is not None]
+            if there:
+                rows = self.routing.segments(outer, [places[n] for n in there], x.device)
+                out = ops.grouped_up(out, h[:, place * rank:(place + 1) * rank], [own[n].B for n in there],
+                                     [own[n].scaling for n in there], rows, columns)
         return out[:, None]
 
     def columns(self) -> Sequence[Columns | None]:
@@ -152,7 +148,8 @@ def _padded(factors: LoraFactors | None, x: Tensor, rank: int) -> Tensor:
     """[rank, in] A with rows of zeros below, for rows x [..., in]; all zeros where there is no adapter."""
     if factors is None:
         return x.new_zeros(rank, x.shape[-1])
-    return F.pad(factors.A, (0, 0, 0, rank - factors.A.shape[0]))
+    missing = rank - factors.A.shape[0]
+    return F.pad(factors.A, (0, 0, 0, missing)) if missing else factors.A
 
 
 def _rows(x: Tensor, rows: Tensor | slice) -> Tensor:
