@@ -29,7 +29,7 @@ RECIPES = {"te_current": "Float8CurrentScaling", "te_blockwise": "Float8BlockSca
 """``model.fp8`` -> class of ``transformer_engine.common.recipe``."""
 
 ROWS = 16
-"""Rows of an FP8 product come in multiples of this; rows of zeros fill up, and change no scale."""
+"""Rows of an FP8 product are a multiple of this, and not none; rows of zeros fill up, and change no scale."""
 
 HOPPER = (9, 0)
 
@@ -56,8 +56,11 @@ def check_machine(fp8: str, capability: tuple[int, int] | None, installed: bool)
 
 
 def missing_rows(rows: int) -> int:
-    """How many rows of zeros a product of this many rows lacks. Example: 17 -> 15."""
-    return -rows % ROWS
+    """How many rows of zeros a product of this many rows lacks. Examples: 17 -> 15; 0 -> 16.
+
+    A context rank may have no row of a pack, and fused kernels take no empty tensor.
+    """
+    return -rows % ROWS if rows else ROWS
 
 
 class TeProduct:

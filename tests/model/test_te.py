@@ -31,7 +31,7 @@ def test_rows_are_filled_up():
     for rows in range(1, 40):
         missing = missing_rows(rows)
         assert 0 <= missing < 16 and (rows + missing) % 16 == 0
-    assert missing_rows(32) == 0
+    assert missing_rows(32) == 0 and missing_rows(0) == 16
 
 
 def test_the_backbone_is_refused_on_a_cpu_before_its_layers_are_built(one_rank):
@@ -64,7 +64,7 @@ def test_products_and_gradients_are_near_bfloat16(one_rank, fp8):
         assert rounds_what_is_copied(linear.weight) and linear.product.linear.weight is linear.weight
         with torch.no_grad():
             linear.weight.copy_(truth.weight)
-        for rows in (1, 16, 33):
+        for rows in (0, 1, 16, 33):
             x = torch.randn(rows, 1, truth.weight.shape[1], device="cuda", dtype=torch.bfloat16)
             results = []
             for one in (truth, linear):
@@ -74,7 +74,7 @@ def test_products_and_gradients_are_near_bfloat16(one_rank, fp8):
                 y.float().square().sum().backward()
                 results.append((y.float(), own.grad.float()))
             for near, true in zip(*results[::-1]):
-                assert (near - true).norm() < 0.08 * true.norm()
+                assert (near - true).norm() <= 0.08 * true.norm()
 
 
 @pytest.mark.gpu
