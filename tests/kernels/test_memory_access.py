@@ -18,8 +18,9 @@ from support.watched_memory import watched
 
 
 def run_vocab_topk(monkeypatch) -> None:
-    """Rows that fill the buffer in every block, of columns that fill no block."""
+    """Rows that fill the queue in every block, of columns that fill no block."""
     monkeypatch.setattr(vocab_topk, "BLOCK", 16)
+    monkeypatch.setattr(vocab_topk, "QUEUE", 16)
     rows = torch.stack([torch.randn(77).sort().values, torch.ones(77), torch.randn(77)])
     vocab_topk.vocab_topk(rows, 7, torch.tensor([[3, -1], [80, 0], [76, 76]]))
 
@@ -70,7 +71,7 @@ def run_rowwise_fp8(monkeypatch) -> None:
         rowwise_fp8.quantise_rows(torch.randn(3, 40)[:, :size], torch.rand(size))
 
 
-KERNELS = {"vocab_topk": {"_row"}, "topk_kl": {"_row"}, "rowwise_fp8": {"_row"},
+KERNELS = {"vocab_topk": {"_collect", "_sort"}, "topk_kl": {"_row"}, "rowwise_fp8": {"_row"},
            "linear_logprob": {"_scores", "_gradient", "_probabilities", "_add_rows"},
            "grouped_lora": {"_multiply", "_outer"},
            "prefix_attention": {"_forward", "_query_gradient", "_key_gradient", "_add_parts"}}
