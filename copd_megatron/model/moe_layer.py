@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -28,7 +29,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from copd_kernels.backend import Backend
@@ -39,6 +40,7 @@ from copd_megatron.model.fp8 import hold_in_fp8
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.te import RECIPES
 from copd_megatron.parallel.layout import Layout
+from copd_megatron.platform import device, on_device
 from copd_megatron.types import UserError
 
 Product = Literal["reference", "grouped"]
@@ -67,6 +69,11 @@ class FrozenRouter(TopKRouter):
     """
 
     norm_topk: bool
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Megatron makes it on the CPU, and brings it to the device in its own gating.
+        self.weight = nn.Parameter(self.weight.detach().to(device()), requires_grad=False)
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [..., E] in the dtype of the rows."""
@@ -134,7 +141,7 @@ class FrozenExperts(SequentialMLP):
             # Whoever has no rows is still part of the graph: the backward of the exchange runs on every rank.
             return self._one(linears[0], x)
         if self.product == "grouped":
-            ends = torch.tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
+            ends = on_device(np.cumsum(counts, dtype=np.int32), x.device)
             return F.grouped_mm(x, self.stacks[which].transpose(1, 2), offs=ends)
         parts = zip(linears, x.split(counts))
         return torch.cat([self._one(linear, rows) for linear, rows in parts if len(rows)])
