@@ -49,6 +49,8 @@ def restore(adamw: torch.optim.Optimizer, state: Mapping[nn.Parameter, Mapping[s
     for parameter, own in state.items():
         adamw.state[parameter] = {name: value for name, value in own.items() if name != "step"}
     adamw.param_groups[:] = by_age(adamw.param_groups, {p: int(own["step"]) for p, own in state.items()})
+    if hasattr(adamw, "param_groups_master"):  # Apex walks through both side by side, and stops at the shorter one
+        adamw.param_groups_master = [{"params": [None] * len(group["params"])} for group in adamw.param_groups]
 
 
 def by_age(groups: Sequence[Mapping[str, Any]], updates: Mapping[nn.Parameter, int]) -> list[dict[str, Any]]:

@@ -34,7 +34,8 @@ class ExpertOptimizer:
 
     def zero_grad(self) -> None:
         """Drop gradients."""
-        self.adamw.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():  # Apex's zero_grad has other arguments than torch's
+            parameter.grad = None
 
     @torch.no_grad()
     def step(self) -> dict[str, Tensor | float]:

@@ -41,6 +41,23 @@ def test_moments_continue_an_optimizer():
     assert float(moments(second, broken[0])["step"]) == 4
 
 
+class LikeApex(torch.optim.Optimizer):
+    """What ``restore`` must keep whole of NVIDIA Apex's FusedAdam: a second list of groups, walked beside the first."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 0.1})
+        self.param_groups_master = [{"params": [None for _ in group["params"]]} for group in self.param_groups]
+
+
+def test_apexs_second_list_of_groups_is_as_long_as_the_first():
+    own = parameters()
+    adamw, moment = LikeApex([{"params": own}]), torch.zeros(1)
+    restore(adamw, {p: {"exp_avg": moment, "exp_avg_sq": moment, "step": torch.tensor(4.0)} for p in own[:2]})
+    walked = [p for group, master in zip(adamw.param_groups, adamw.param_groups_master)
+              for p, _ in zip(group["params"], master["params"])]
+    assert len(adamw.param_groups) == 2 and {id(p) for p in walked} == {id(p) for p in own}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("maker,module", [("te", "transformer_engine"), ("apex", "amp_C")])
 def test_fused_ones_are_torchs(maker, module):
