@@ -16,8 +16,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from copd_megatron.checkpoint.sharded import Part, Snapshot, write_index, write_part
 from copd_megatron.checkpoint.whole_folder import WRITE_ERRORS, cannot_write
+from copd_megatron.platform import device
 from copd_megatron.types import UserError
 
 SHARDED = "sharded"
@@ -46,7 +49,7 @@ class BackgroundSave:
         self.partial, self.final, self.snapshot = partial, final, snapshot
         self.writers, self.complete = writers, complete
         self.problem: UserError | RuntimeError | None = None
-        self._cancelled = threading.Event()
+        self._cancelled, self._device = threading.Event(), device()
         self._thread = threading.Thread(target=self._run, name=f"save {final.name}")
         self._thread.start()
 
@@ -65,6 +68,8 @@ class BackgroundSave:
         self._cancelled.set()
 
     def _run(self) -> None:
+        if self._device.type == "cuda":  # a thread begins on the first GPU, where torch's writer would make a context
+            torch.cuda.set_device(self._device)
         try:
             if not self.snapshot.is_empty:
                 self._write_own()
