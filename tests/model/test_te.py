@@ -82,8 +82,8 @@ def test_products_and_gradients_are_near_bfloat16(one_rank, fp8):
                                            ("apex", "apex.normalization")])
 def test_norms_are_torchs_also_of_no_rows(one_rank, maker, module):
     pytest.importorskip(module)
-    norm, plain = (make_backbone(one_rank("a", "b"), dtype="bfloat16", norms=name).final_norm
-                   for name in (maker, "torch"))
+    groups = one_rank("a", "b")
+    norm, plain = (make_backbone(groups, dtype="bfloat16", norms=name).final_norm for name in (maker, "torch"))
     for rows in (0, 1, 33):
         x = torch.randn(rows, 1, SPEC.hidden_size, device="cuda", dtype=torch.bfloat16)
         torch.testing.assert_close(norm(x), plain(x), rtol=1e-2, atol=1e-2)
