@@ -10,6 +10,8 @@ Shapes: T tokens, D = head_dim.
 """
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
@@ -39,8 +41,12 @@ def rotary_frequencies(spec: BackboneSpec, position_ids_3T: torch.Tensor) -> tor
 
     Both halves of the last dim are equal, as Megatron's rotate-half (non-interleaved) rotary expects.
     """
-    device = position_ids_3T.device
-    frequencies = inverse_frequencies(spec.rope, spec.head_dim).to(device)
-    rows = position_row_of_frequency(spec.rope, spec.head_dim).to(device)
+    frequencies, rows = _tables(spec.rope, spec.head_dim, position_ids_3T.device)
     angles = position_ids_3T.float()[rows].T * frequencies
     return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+@lru_cache
+def _tables(rope: RopeSpec, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """``inverse_frequencies`` and ``position_row_of_frequency`` there: a copy per pass would wait for the device."""
+    return inverse_frequencies(rope, head_dim).to(device), position_row_of_frequency(rope, head_dim).to(device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from copd_megatron.model.shared_prefix import PackRules
+from copd_megatron.platform import on_device
 from copd_megatron.rollout.engine import Request
 from copd_megatron.rollout.lanes import ForcedRows, LaneNoise, Wave
 from copd_megatron.rollout.sampling import LaneSampling
@@ -74,7 +75,7 @@ class DecodeState:
         self._place_forced()
 
     def _put(self, values) -> Tensor:
-        return torch.from_numpy(np.asarray(values, np.int64)).to(self.device)
+        return on_device(np.asarray(values, np.int64), self.device)
 
     def _place_forced(self) -> None:
         forced = self.forced
@@ -114,7 +115,7 @@ class DecodeState:
             everyone[self.lanes] = (fed - self.forced.prompt_rows)[:, None] + np.arange(NOISE_STEPS)
             block = self._noise.uniforms(everyone)[self.lanes]
             self._noise_first = fed
-            self._noise_block = torch.from_numpy(np.ascontiguousarray(block.T)).to(self.device)
+            self._noise_block = on_device(np.ascontiguousarray(block.T), self.device)
         return self._noise_block[fed - self._noise_first]
 
     def record(self, fed: int, sampled: Tensor) -> int:
@@ -136,7 +137,7 @@ class DecodeState:
     def keep_running(self) -> np.ndarray:
         """Drop the lanes that have ended; returns which positions of the batch stay."""
         kept = self._flush()
-        where = torch.from_numpy(kept).to(self.device)
+        where = on_device(kept, self.device)
         self.lanes, self.how, self.forced = self.lanes[kept], self.how.select(kept), self.forced.select(kept)
         self._stops, self._max_tokens, self._lengths, self._stopped, self._tokens = (
             x.index_select(0, where) for x in (self._stops, self._max_tokens, self._lengths, self._stopped,

@@ -22,6 +22,7 @@ from copd_kernels.prefix_attention.fused import attend, fold, unfold
 from copd_kernels.prefix_attention.plan import Block
 from copd_megatron.model.attention import KV
 from copd_megatron.model.shared_prefix import Pack
+from copd_megatron.platform import on_device
 
 PADDING_LIMIT, PADDING_TOKENS = 1.25, 32
 """A trunk joins a block of longer ones while that pads it by at most a quarter of its length, or 32 keys."""
@@ -48,7 +49,7 @@ class PrefixBlock:
 
     def select(self, index: np.ndarray) -> PrefixBlock:
         """Some of the trunks."""
-        where = torch.from_numpy(index).to(next(iter(self.kv.values()))[0].device)
+        where = on_device(index, next(iter(self.kv.values()))[0].device)
         kv = _select(self.kv, where)
         bias = None if self.bias is None else self.bias.index_select(0, where)
         return PrefixBlock(self.trunks[index], self.lengths[index], kv, bias)
@@ -74,7 +75,7 @@ def prefix_blocks(pack: Pack, capture: dict[int, KV], numbers: Mapping[tuple[int
         columns = np.minimum(np.arange(width), lengths[:, None] - 1)
         blocks.append(PrefixBlock(np.array([numbers[key] for key in own]), lengths, {}, bias))
         starts = np.array([[rows.start for rows in pack.trunk_rows[key]] for key in own]).T
-        gathers.append([torch.from_numpy(first[:, None] + columns).to(sample.device) for first in starts])
+        gathers.append([on_device(first[:, None] + columns, sample.device) for first in starts])
     for layer in sorted(capture):
         level = 0 if pack.level(layer - 1) is pack.lower else 1
         kv = capture.pop(layer)
@@ -120,7 +121,7 @@ def _padding(lengths: np.ndarray, like: Tensor) -> tuple[int, Tensor | None]:
     if lengths.min() == width:
         return width, None
     width = -(-width // KEY_ALIGNMENT) * KEY_ALIGNMENT
-    padding = torch.from_numpy(np.arange(width) >= lengths[:, None]).to(like.device)[:, None, None]
+    padding = on_device(np.arange(width) >= lengths[:, None], like.device)[:, None, None]
     bias = torch.zeros(padding.shape, dtype=like.dtype, device=like.device)
     return width, bias.masked_fill_(padding, float("-inf"))
 
@@ -202,7 +203,7 @@ class DecodeAttention(PackedSeqParams):
 
     def keep(self, lanes: np.ndarray) -> None:
         """Go on with some of the lanes only."""
-        self.own.select(torch.from_numpy(lanes).to(self.device))
+        self.own.select(on_device(lanes, self.device))
         self._meet([meeting.block for meeting in self._meetings], self.trunk_of_lane[lanes])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

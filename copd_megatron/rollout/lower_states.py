@@ -23,7 +23,7 @@ from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.shared_prefix import KeptRows, StateKey
 from copd_megatron.parallel.collectives import reduce_scalars
 from copd_megatron.parallel.groups import Groups
-from copd_megatron.platform import device
+from copd_megatron.platform import device, on_device
 from copd_megatron.rollout.kv_cache import FIRST_CAPACITY
 
 
@@ -150,5 +150,5 @@ class BorderRows:
             for place in np.setdiff1d(np.arange(len(self.lanes)), places):
                 lane = int(self.lanes[place])
                 self.ended[lane] = self._rows[place, :fed[lane], None].clone()
-            self._rows = self._rows.index_select(0, torch.from_numpy(places).to(self._rows.device))
+            self._rows = self._rows.index_select(0, on_device(places, self._rows.device))
         self.lanes = self.lanes[places]

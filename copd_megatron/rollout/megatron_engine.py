@@ -25,7 +25,7 @@ from copd_megatron.model.backbone import Backbone
 from copd_megatron.model.shared_prefix import StateKey
 from copd_megatron.parallel.collectives import all_gather_objects
 from copd_megatron.parallel.groups import Groups
-from copd_megatron.platform import device
+from copd_megatron.platform import device, on_device
 from copd_megatron.rollout.decode_state import Answers, DecodeState
 from copd_megatron.rollout.engine import EngineCounters, Request, VisualSource
 from copd_megatron.rollout.kv_cache import DecodeAttention, PrefixBlock
@@ -183,7 +183,7 @@ class MegatronEngine:
             if ready is None:
                 sampled = _stack(sample(last, self.backbone.own_head, how, uniform, self.config.temperature))
             elif len(ready):
-                where = torch.from_numpy(ready).to(self.device)
+                where = on_device(ready, self.device)
                 drawn = sample(last.index_select(0, where), self.backbone.own_head, how.select(ready),
                                uniform.index_select(0, where), self.config.temperature)
                 sampled.index_copy_(1, where, _stack(drawn))

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from copd_megatron.model.vocab_parallel import Head, shard_logits
+from copd_megatron.platform import on_device
 
 BISECTIONS = {torch.float32: 32, torch.float64: 64}
 """Halvings that tell any two different log-probs apart near the boundary of a nucleus: tokens that compete
@@ -99,7 +100,7 @@ def _sample_chunk(hidden_LH: Tensor, head: Head, how: LaneSampling, uniform_L: T
         lse_L = _gather(policy_LV.logsumexp(1), head).logsumexp(0)
     shard_L, local_L = _invert(masses_RL, cumulative_LV, uniform_L, head)
     if how.any_greedy:
-        greedy_L = torch.from_numpy(how.greedy_L).to(shard_L.device)
+        greedy_L = on_device(how.greedy_L, shard_L.device)
         best = _most_likely(policy_LV, head)
         shard_L, local_L = (torch.where(greedy_L, *both) for both in zip(best, (shard_L, local_L)))
     token_ids_L, logits_L, drawn_logits_L = _pick(policy_LV, drawn_LV, shard_L, local_L, head)
@@ -126,10 +127,10 @@ def _drawn_logits(policy_LV: Tensor, head: Head, how: LaneSampling, temperature:
     drawn_LV = policy_LV
     ratio_L = np.where(how.greedy_L, 1.0, temperature / how.temperature_L)
     if (ratio_L != 1).any():
-        drawn_LV = policy_LV * torch.from_numpy(ratio_L).to(policy_LV)[:, None]
+        drawn_LV = policy_LV * on_device(ratio_L, policy_LV.device).to(policy_LV.dtype)[:, None]
     if len(how.truncated):
-        lanes = torch.from_numpy(how.truncated).to(policy_LV.device)
-        top_p_L = torch.from_numpy(how.top_p_L[how.truncated]).to(policy_LV)
+        lanes = on_device(how.truncated, policy_LV.device)
+        top_p_L = on_device(how.top_p_L[how.truncated], policy_LV.device).to(policy_LV.dtype)
         nucleus_LV = _nucleus(drawn_LV.index_select(0, lanes), top_p_L, head)
         drawn_LV = drawn_LV.index_copy(0, lanes, nucleus_LV)
     return drawn_LV

@@ -58,13 +58,13 @@ class StepMetrics:
         self._busy.update(seconds)
 
     def add_deltas(self, samples: Sequence[Sample]) -> None:
-        """Remember the deltas of cross samples for percentiles."""
+        """Remember the deltas of cross samples, which are on the host, for percentiles."""
         by_edge: dict[str, list[Tensor]] = defaultdict(list)
         for sample in samples:
             if sample.delta is not None:
                 by_edge[edge_name(sample.edge.teacher, sample.edge.student, "")].append(sample.delta)
         for name, parts in by_edge.items():
-            values = torch.cat(parts).float().cpu().numpy()
+            values = torch.cat(parts).float().numpy()
             stride = max(1, len(values) // VALUES_PER_EDGE)
             self._values[name] = values[::stride]
 
@@ -120,6 +120,15 @@ def measured(metrics: Mapping[str, float], experts: Sequence[str]) -> Measured:
         lengths={e: metrics[f"{e}/length"] for e in experts if f"{e}/length" in metrics})
 
 
+def bring_deltas(samples: Sequence[Sample]) -> None:
+    """Move the deltas of cross samples to the host, in one copy."""
+    own = [sample for sample in samples if sample.delta is not None]
+    if own:
+        joined = torch.cat([sample.delta for sample in own]).cpu()
+        for sample, delta in zip(own, joined.split([len(sample.delta) for sample in own])):
+            sample.delta = delta
+
+
 def _peak_bytes() -> int:
     """Most memory this process ever held: allocated on CUDA, resident on a CPU."""
     if torch.cuda.is_available():
@@ -129,7 +138,7 @@ def _peak_bytes() -> int:
 
 
 def _on_host(sums: Sums) -> dict[str, tuple[float, float]]:
-    """All sums as floats, brought over in one copy: the only wait for the device in a step's numbers."""
+    """All sums as floats, brought over in one copy."""
     tensors = {name: value for name, (value, _) in sums.items() if isinstance(value, Tensor)}
     values = torch.stack([t.detach().double() for t in tensors.values()]).tolist() if tensors else []
     floats = dict(zip(tensors, values))

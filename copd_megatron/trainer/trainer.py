@@ -21,7 +21,7 @@ from copd_megatron.trainer.milestones import Milestones
 from copd_megatron.trainer.opd_phase import CrossBatch, cross_metrics
 from copd_megatron.trainer.rlvr_phase import NativeBatch, group_tokens, native_metrics
 from copd_megatron.trainer.scoring import Scoring
-from copd_megatron.trainer.step_metrics import BUSY_PHASES, StepMetrics, Sums, measured
+from copd_megatron.trainer.step_metrics import BUSY_PHASES, StepMetrics, Sums, bring_deltas, measured
 from copd_megatron.trainer.stop import StopRequest
 from copd_megatron.types import Edge
 
@@ -72,6 +72,7 @@ class Trainer:
             numbers.add(self.learner.update(samples, self.schedule.training(step), timers))
         numbers.add(self.runner.work("update"))
         numbers.add_busy({part: timers.seconds(part) for part in BUSY_PHASES})
+        bring_deltas(samples)
         numbers.add_deltas(samples)
         with timers("score"):
             numbers.add(self.agreement(step, samples))
