@@ -26,10 +26,15 @@ def sequence_mean(values_T: Tensor, sequence_ids_T: Tensor, loss_mask_T: Tensor 
         sequence_ids_T: [T] int64 >= 0; equal ids are one sequence, which must be here as a whole.
     """
     mask_T = torch.ones_like(values_T) if loss_mask_T is None else loss_mask_T.to(values_T.dtype)
-    sequences = int(sequence_ids_T.max()) + 1 if len(sequence_ids_T) else 0
-    sums_S = values_T.new_zeros(sequences).index_add(0, sequence_ids_T, values_T * mask_T)
-    counts_S = values_T.new_zeros(sequences).index_add(0, sequence_ids_T, mask_T)
-    return (sums_S / counts_S.clamp_min(1))[sequence_ids_T]
+    # How many sequences there are only the device knows, and asking it would be a wait: they are numbered, with room
+    # for T of them.
+    ids_T, order_T = sequence_ids_T.sort()
+    number_T = torch.zeros_like(ids_T)
+    number_T[1:] = (ids_T[1:] != ids_T[:-1]).cumsum(0)
+    number_T = torch.empty_like(number_T).scatter_(0, order_T, number_T)
+    sums_T = torch.zeros_like(values_T).index_add(0, number_T, values_T * mask_T)
+    counts_T = torch.zeros_like(values_T).index_add(0, number_T, mask_T)
+    return (sums_T / counts_T.clamp_min(1))[number_T]
 
 
 def surrogate(kind: Literal["clip", "gspo", "cispo"], policy_logprobs_T: Tensor, old_logprobs_T: Tensor,

@@ -203,6 +203,12 @@ def test_huge_ratios_stay_finite():
     assert gradient.isfinite().all()
 
 
+def test_sequence_means_whatever_the_ids():
+    ids = torch.tensor([900, 3, 900, 7, 3, 3])
+    means = sequence_mean(torch.tensor([1.0, 2.0, 3.0, 9.0, 4.0, 6.0]), ids)
+    assert means.tolist() == [2.0, 4.0, 2.0, 9.0, 4.0, 4.0]
+
+
 def test_sequence_mean_of_nothing():
     assert sequence_mean(torch.zeros(0), torch.zeros(0, dtype=torch.long)).shape == (0,)
     mask = torch.tensor([True, True, False])
