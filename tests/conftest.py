@@ -1,7 +1,8 @@
 """Shared by all tests: one thread, the CPU shim before Megatron, Triton on the CPU.
 
 Where CUDA is visible only the tests marked gpu run: the others fork ranks, which CUDA does not survive, and compare
-bits with those of a CPU. ``tools/run_tests.sh`` runs first these and then those.
+bits with those of a CPU. ``tools/run_tests.sh`` runs first these and then those. Those marked interpreted belong to
+both: a kernel in Triton's interpreter, and on the device.
 """
 import torch
 
@@ -24,8 +25,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", silenced)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     cuda = torch.cuda.is_available()
+    for item in items:
+        if cuda and item.get_closest_marker("interpreted"):
+            item.add_marker("gpu")
     skip = pytest.mark.skip(reason="a CPU's test: CUDA_VISIBLE_DEVICES='' pytest" if cuda else "no CUDA device")
     for item in items:
         if (item.get_closest_marker("gpu") is not None) != cuda:

@@ -25,6 +25,7 @@ def test_every_kernel_has_a_benchmark_of_its_name():
     assert sorted(listed.removeprefix("KERNELS=(").rstrip(")").split()) == KERNELS
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_sides_agree_on_small_cases(load, kernel):
     harness, device = load("harness"), torch.device("cuda" if torch.cuda.is_available() else "cpu")

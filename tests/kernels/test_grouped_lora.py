@@ -57,6 +57,7 @@ def test_reference_is_one_dense_adapter_per_expert(name, columns):
     torch.testing.assert_close(out, wanted)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("name", CASES)
 def test_triton_equals_the_reference_in_value_and_gradient(name, columns):
@@ -65,6 +66,7 @@ def test_triton_equals_the_reference_in_value_and_gradient(name, columns):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("name", CASES)
 def test_shares_of_rows_add_up(name, columns, monkeypatch):
@@ -75,6 +77,7 @@ def test_shares_of_rows_add_up(name, columns, monkeypatch):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.interpreted
 def test_views_and_expanded_gradients():
     """x and h between other numbers, y whose rows overlap or are columns, a gradient of one number for all."""
     case = Case("slices, one empty", "all", torch.float32)
@@ -93,6 +96,7 @@ def test_views_and_expanded_gradients():
             torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-4)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("wanted", ["x", "down", "up"])
 def test_triton_leaves_out_gradients_that_nobody_wants(wanted, monkeypatch):
     """And what is wanted alone is what it is beside the others."""
@@ -117,6 +121,7 @@ def test_scales_reach_the_device_once():
     assert triton_impl._on_device(numbers, DEVICE) is triton_impl._on_device(numbers, DEVICE)
 
 
+@pytest.mark.interpreted
 def test_triton_keeps_bfloat16_products_in_float32():
     case = Case("slices, one empty", "all", torch.bfloat16)
     for found, truth in zip(case.outcome(triton_impl), case.outcome(reference), strict=True):

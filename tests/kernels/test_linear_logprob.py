@@ -93,6 +93,7 @@ def narrow_blocks(monkeypatch):
     monkeypatch.setattr(triton_impl, "BLOCK", 8)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("vocab", [1, 8, 29])
 @pytest.mark.parametrize("entropy", [False, True])
 def test_triton_scores_equal_float64(vocab, entropy, narrow_blocks):
@@ -107,6 +108,7 @@ def test_triton_scores_equal_float64(vocab, entropy, narrow_blocks):
             torch.testing.assert_close(ours.double().cpu(), theirs, rtol=2e-6, atol=2e-5)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("what", ["picked", "entropy", "both"])
 @pytest.mark.parametrize("cuts", [[0, 29], [0, 9, 9, 29]])
 def test_triton_gradients_equal_float64(what, cuts, narrow_blocks):
@@ -130,6 +132,7 @@ def test_triton_gradients_equal_float64(what, cuts, narrow_blocks):
                                gradient(linear_logprob_backward, torch.float64), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("cuts", [[0, 29], [0, 9, 9, 29]])
 def test_triton_keeps_what_the_reference_keeps(cuts, narrow_blocks):
     torch.manual_seed(2)
@@ -142,6 +145,7 @@ def test_triton_keeps_what_the_reference_keeps(cuts, narrow_blocks):
     torch.testing.assert_close(found.double().cpu(), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.interpreted
 def test_triton_takes_no_tokens_and_no_float64():
     none = torch.empty(0, HIDDEN, device=DEVICE)
     weight, ids = torch.ones(4, HIDDEN, device=DEVICE), torch.empty(0, 2, dtype=torch.int64, device=DEVICE)

@@ -36,6 +36,7 @@ def test_a_multiplier_is_multiplied_first():
         assert torch.equal(ours.float(), plain.float())
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 1), (7, 37), (2, 4096), (3, 150)])
 def test_triton_gives_the_reference_byte_for_byte(dtype, shape, monkeypatch):
@@ -52,6 +53,7 @@ def test_triton_gives_the_reference_byte_for_byte(dtype, shape, monkeypatch):
     assert triton_impl.quantise_rows(torch.empty(0, 8, device=DEVICE))[0].shape == (0, 8)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_forward_and_backward_are_those_of_the_stored_weight(backend):
     torch.manual_seed(0)

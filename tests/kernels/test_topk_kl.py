@@ -54,6 +54,7 @@ def test_unknown_kind():
         topk_divergence(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), "kl")
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("vocab", "k"), [(7, 1), (30, 5), (40, 40)])
 def test_triton_equals_float64_in_value_and_gradient(kind, vocab, k):
@@ -78,6 +79,7 @@ def test_triton_equals_float64_in_value_and_gradient(kind, vocab, k):
         torch.testing.assert_close(ours, theirs, rtol=3e-5, atol=2e-5 if k == vocab else 3e-6)
 
 
+@pytest.mark.interpreted
 def test_triton_at_its_limits():
     """More mass than 1, no teacher's tail, no tokens, another dtype."""
     student, teacher = torch.tensor([[0.75, 0.25 + 1e-3]]).log(), torch.tensor([[0.25, 0.5]]).log()

@@ -66,6 +66,7 @@ def equal_to_reference(logits: torch.Tensor, k: int, wanted: torch.Tensor | None
         assert torch.equal(ours.picked_RJ, theirs.picked_RJ)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize(("vocab", "k"), [(1, 1), (5, 9), (37, 5), (700, 64)])
 def test_triton_equals_the_reference(vocab, k, monkeypatch):
     torch.manual_seed(vocab)
@@ -82,6 +83,7 @@ def blocks_of(size: int, monkeypatch) -> None:
     monkeypatch.setattr(triton_impl, "QUEUE", size)
 
 
+@pytest.mark.interpreted
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10_000), st.integers(1, 90), st.integers(1, 8), st.sampled_from([1, 3, 100]))
 def test_triton_takes_the_lowest_ids_of_equal_values_from_any_block(seed, vocab, k, spread):
@@ -91,6 +93,7 @@ def test_triton_takes_the_lowest_ids_of_equal_values_from_any_block(seed, vocab,
         equal_to_reference(torch.randint(-spread, spread + 1, (2, vocab), generator=generator).float(), k)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("order", ["random", "rising", "falling", "equal", "masked"])
 def test_triton_keeps_the_best_of_many_blocks(order, monkeypatch):
     """Of rising rows every block has the best so far, of falling ones only the first."""
@@ -101,6 +104,7 @@ def test_triton_keeps_the_best_of_many_blocks(order, monkeypatch):
     equal_to_reference(torch.stack([row, torch.randn(203)]), 8)
 
 
+@pytest.mark.interpreted
 def test_triton_on_views_and_nothing():
     equal_to_reference(torch.randn(4, 50)[1:3, :41], 3)
     equal_to_reference(torch.full((2, 9), -torch.inf), 2)

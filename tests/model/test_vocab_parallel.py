@@ -385,12 +385,15 @@ def test_bad_divergences_and_heads():
 
 
 @pytest.mark.gpu
-def test_bfloat16_head_on_a_gpu():
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("entropy_gradient", [True, False])
+def test_bfloat16_head_on_a_gpu(kernels, entropy_gradient):
     case = Case(dtype=torch.bfloat16)
-    wanted = dense_scores(case)
+    wanted = dense_scores(case, entropy_gradient=entropy_gradient)
     for name in ("hidden", "weight", "targets", "ids"):
         setattr(case, name, getattr(case, name).cuda())
     case.pull = case.pull.float().cuda()
-    found = {name: value.cpu() for name, value in case.scores_and_gradient(case.head()).items()}
+    scored = case.scores_and_gradient(case.head(kernels=kernels), entropy_gradient=entropy_gradient)
+    found = {name: value.cpu() for name, value in scored.items()}
     torch.testing.assert_close(found["values"].double(), wanted["values"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found["gradient"].double(), wanted["gradient"], rtol=5e-2, atol=5e-2)
