@@ -146,6 +146,31 @@ def test_triton_keeps_what_the_reference_keeps(cuts, narrow_blocks):
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cuts", [[0, 29], [0, 9, 9, 29]])
+def test_triton_with_more_ids_than_the_vocabulary_has(cuts, dtype, narrow_blocks):
+    """Every id of a row several times, among ids that are compared in parts; tokens without weight get exactly 0."""
+    torch.manual_seed(4)
+    hidden, weight = torch.randn(TOKENS, HIDDEN), torch.randn(cuts[-1], HIDDEN).to(dtype)
+    ids, picked, slope = torch.randint(0, cuts[-1], (TOKENS, 70)), torch.randn(TOKENS, 70), torch.randn(TOKENS)
+    picked[3], slope[3] = 0, 0
+    leaf = hidden.double().requires_grad_()
+    logprobs = (leaf @ weight.double().T / 0.8).log_softmax(1)
+    entropy, loss = -(logprobs.exp() * logprobs).sum(1), (picked * logprobs.gather(1, ids)).sum()
+    kept, = torch.autograd.grad(loss, leaf, retain_graph=True)
+    both, = torch.autograd.grad(loss + (slope * entropy).sum(), leaf)
+    lse = (leaf.detach() @ weight.double().T / 0.8).logsumexp(1)
+    hidden, weight, ids, picked, slope, lse, entropy = (x.detach().to(DEVICE) for x in (
+        hidden, weight, ids, picked, slope, lse.float(), entropy.float()))
+    found = kept_gradient(triton_impl, hidden, weight, ids, picked, cuts)
+    again = sum(triton_impl.linear_logprob_backward(hidden, weight[a:b], ids - a, 0.8, lse, picked, entropy, slope)
+                for a, b in zip(cuts, cuts[1:]))
+    for ours, wanted in ((found, kept), (again, both)):
+        torch.testing.assert_close(ours.double().cpu(), wanted, rtol=2e-5, atol=5e-5)
+        assert not ours[3].any()
+
+
+@pytest.mark.interpreted
 def test_triton_takes_no_tokens_and_no_float64():
     none = torch.empty(0, HIDDEN, device=DEVICE)
     weight, ids = torch.ones(4, HIDDEN, device=DEVICE), torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
@@ -153,3 +178,6 @@ def test_triton_takes_no_tokens_and_no_float64():
     assert triton_impl.linear_logprob_backward(none, weight, ids, 1.0, none[:, 0], none[:, :2]).shape == (0, HIDDEN)
     with pytest.raises(ValueError, match="model.kernels=reference"):
         triton_impl.linear_logprob(none.double(), weight, ids)
+    assert triton_impl.picked_gradient(none, weight, ids, none[:, :2], none[:, :2], 1.0).shape == (0, HIDDEN)
+    with pytest.raises(ValueError, match="model.kernels=reference"):
+        triton_impl.picked_gradient(none.double(), weight, ids, none[:, :2], none[:, :2], 1.0)

@@ -80,6 +80,32 @@ def test_triton_equals_float64_in_value_and_gradient(kind, vocab, k):
 
 
 @pytest.mark.interpreted
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", [topk_divergence, triton_impl.topk_divergence])
+def test_rows_that_count_for_nothing_have_no_gradient(implementation, kind):
+    """Masked rows of either side without a tail, of point masses: exactly 0, and the others are as without them. As
+    the stack gives them: columns beside the sampled token's, a teacher in bfloat16, one gradient for all rows."""
+    torch.manual_seed(3)
+    both = (3 * torch.randn(2, 6, 9)).log_softmax(2)
+    both[0, 1, 1:5], both[1, 2, 1:5] = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25]]).log()
+    both[:, 3] = torch.tensor([0.0, *(-80.0,) * 8])
+    teacher = both[1, :, 1:5].to(DEVICE, torch.bfloat16)
+    tail = torch.log1p(-teacher.float().exp().sum(1).clamp_max(1))
+    mask = torch.tensor([1.0, 0, 0, 0, 1, 1], device=DEVICE)
+
+    def gradient(rows, function, dtype):
+        student = both[0, rows].to(DEVICE, dtype).requires_grad_()
+        value = function(student[:, 1:5], teacher[rows].to(dtype if dtype == torch.float64 else teacher.dtype),
+                         tail[rows].to(dtype), kind, 0.3)
+        assert value.isfinite().all()
+        return torch.autograd.grad((value * mask[rows]).sum(), student)[0].double()
+
+    found, counted = gradient(slice(None), implementation, torch.float32), mask.bool()
+    assert not found[~counted].any() and not found[:, 0].any() and not found[:, 5:].any()
+    torch.testing.assert_close(found[counted], gradient(counted, topk_divergence, torch.float64), rtol=3e-5, atol=3e-6)
+
+
+@pytest.mark.interpreted
 def test_triton_at_its_limits():
     """More mass than 1, no teacher's tail, no tokens, another dtype."""
     student, teacher = torch.tensor([[0.75, 0.25 + 1e-3]]).log(), torch.tensor([[0.25, 0.5]]).log()

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copd_kernels.vocab_topk import triton_impl
+from copd_kernels.vocab_topk import reference, triton_impl
 from copd_kernels.vocab_topk.reference import NO_ID, merge_topk, vocab_topk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,3 +117,27 @@ def test_triton_on_views_and_nothing():
 def test_triton_refuses_what_it_cannot(dtype, k):
     with pytest.raises(ValueError, match="model.kernels=reference"):
         triton_impl.vocab_topk(torch.zeros(1, 300, dtype=dtype), k)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("module", [reference, triton_impl])
+def test_shards_merge_to_the_whole_in_float64(module):
+    """Shards narrower than k, an empty one, values tied across them, rows with fewer than k numbers or none."""
+    torch.manual_seed(0)
+    cuts, k = [0, 5, 9, 9, 40], 12
+    logits, ids = torch.randint(-3, 4, (6, 40)).double() / 4, torch.randint(0, 40, (6, 3))
+    logits[1], logits[2, 7:], logits[3] = -torch.inf, -torch.inf, 0.25
+    parts = [module.vocab_topk(logits[:, a:b].float().to(DEVICE), k, (ids - a).to(DEVICE))
+             for a, b in zip(cuts, cuts[1:])]
+    found = merge_topk(torch.cat([part.values_RK for part in parts], 1), torch.cat(
+        [torch.where(part.ids_RK == NO_ID, NO_ID, part.ids_RK + a) for part, a in zip(parts, cuts)], 1), k)
+    values, wanted = by_full_sort(logits, k)
+    assert torch.equal(found[0].double().cpu(), values) and torch.equal(found[1].cpu(), wanted)
+    lse = torch.stack([part.lse_R for part in parts]).logsumexp(0)
+    torch.testing.assert_close(lse.double().cpu(), logits.logsumexp(1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(sum(part.picked_RJ for part in parts).double().cpu(), logits.gather(1, ids))
+
+
+def test_what_a_narrow_shard_could_not_fill_comes_last():
+    none, three = torch.full((1, 5), -torch.inf), torch.tensor([[NO_ID, NO_ID, 2, 0, 1]])
+    assert merge_topk(none, three, 4)[1].tolist() == [[0, 1, 2, NO_ID]]

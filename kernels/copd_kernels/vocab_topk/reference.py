@@ -88,13 +88,13 @@ def merge_topk(values_RN: Tensor, ids_RN: Tensor, k: int) -> tuple[Tensor, Tenso
 
     Args:
         values_RN: [R, N] with N >= k, e.g. the k winners of every shard side by side.
-        ids_RN: [R, N] int64, the candidates' ids.
+        ids_RN: [R, N] int64, the candidates' ids; ``NO_ID`` comes after all others.
 
     Returns:
         values [R, k] and ids [R, k].
     """
-    ids_RN, order_RN = ids_RN.sort(dim=1)
-    values_RN = values_RN.gather(1, order_RN)
+    order_RN = (ids_RN & torch.iinfo(torch.int64).max).argsort(dim=1)  # without its sign -1 is the largest
+    ids_RN, values_RN = ids_RN.gather(1, order_RN), values_RN.gather(1, order_RN)
     values_RN, order_RN = values_RN.sort(dim=1, descending=True, stable=True)
     return values_RN[:, :k].contiguous(), ids_RN.gather(1, order_RN)[:, :k].contiguous()
 
