@@ -54,15 +54,19 @@ def test_trunk_from_an_earlier_pass_equals_one_pass_for_the_leaves():
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("attention", [
-    lambda q, k, v, spans: prefix_attention(q, k, v, Plan.build(spans, len(q), q.device)), reference],
-    ids=["fused", "reference"])
+FORMS = {"reference": reference,
+         "fused": lambda q, k, v, spans, *trunk: prefix_attention(q, k, v, Plan.build(spans, len(q), q.device), *trunk),
+         "triton": lambda q, k, v, spans, *trunk: triton_impl.prefix_attention(
+             q, k, v, Plan.build(spans, len(q), q.device), *trunk)}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", SPANS)
-def test_queries_of_some_rows_give_those_rows(name, attention):
+def test_queries_of_some_rows_give_those_rows(name, form, small_tiles):
     """Cut anywhere, the pieces give the whole's rows, and their gradients of keys add up to the whole's."""
     spans, tokens = SPANS[name]
     q, k, v = _inputs(tokens, 4, 2, torch.float64)
-    grad = torch.randn_like(q)
+    grad, (dtype, tolerance) = torch.randn_like(q), (torch.float32, 1e-5) if form == "triton" else (q.dtype, 1e-12)
     want = reference(q, k, v, spans)
     want_grads = torch.autograd.grad(want, (q, k, v), grad)
     owners = {0: [range(0, 2), range(6, tokens)], 1: [range(2, 6)], 2: []}
@@ -72,12 +76,34 @@ def test_queries_of_some_rows_give_those_rows(name, attention):
         pieces = [Span(rows.index(low), rows.index(high - 1) + 1, trunk_start, trunk_stop, start, low)
                   for start, stop, trunk_start, trunk_stop in spans for chunk in chunks
                   for low, high in [(max(start, chunk.start), min(stop, chunk.stop, tokens))] if low < high]
-        got = attention(q[rows], k, v, pieces)
-        torch.testing.assert_close(got, want[rows], rtol=0, atol=1e-12)
-        for total, part in zip(sums, torch.autograd.grad(got, (q, k, v), grad[rows])):
+        got = FORMS[form](*(x.to(dtype) for x in (q[rows], k, v)), pieces)
+        torch.testing.assert_close(got.double(), want[rows], rtol=0, atol=tolerance)
+        for total, part in zip(sums, torch.autograd.grad(got, (q, k, v), grad[rows].to(dtype))):
             total += part
     for total, part in zip(sums, want_grads):
-        torch.testing.assert_close(total, part, rtol=0, atol=1e-12)
+        torch.testing.assert_close(total, part, rtol=0, atol=3 * tolerance)
+
+
+@pytest.mark.parametrize("form", ["fused", "triton"])
+@pytest.mark.parametrize("name", ["one group", "trunks of several lengths"])
+def test_gradients_of_leaves_with_a_trunk_from_an_earlier_pass_equal_float64(name, form, small_tiles):
+    """q, k and v lie in one tensor, the gradient the other way round; the trunks have none."""
+    spans, tokens = SPANS[name]
+    first = min(start for start, _, a, b in spans if b > a)
+    leaves = [(s - first, e - first, a, b) for s, e, a, b in spans if b > a]
+    whole = torch.randn(tokens, 8, 8, dtype=torch.float64)
+    outcomes = []
+    for attention, dtype in ((FORMS["reference"], torch.float64),
+                             (FORMS[form], torch.float32 if form == "triton" else torch.float64)):
+        own = whole[first:].to(dtype).requires_grad_()
+        grad = torch.randn(8, 4, tokens - first, generator=torch.Generator().manual_seed(1)).to(dtype).permute(2, 1, 0)
+        trunk = [whole[:first, heads].to(dtype).requires_grad_() for heads in (slice(4, 6), slice(6, 8))]
+        out = attention(own[:, :4], own[:, 4:6], own[:, 6:], leaves, trunk)
+        gradients = torch.autograd.grad(out, [own, *trunk], grad, allow_unused=True)
+        outcomes.append([out.double(), gradients[0].double()])
+    assert gradients[1:] == (None, None)
+    for want, got in zip(*outcomes):
+        torch.testing.assert_close(got, want, rtol=0, atol=3e-5 if form == "triton" else 1e-12)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])

@@ -113,7 +113,7 @@ def _gradient_of(factors: Sequence[Tensor], left: Tensor, right: Tensor, scales:
         left, right, parts, segments.rows, segments.bounds, scales, n, k, left.stride(0), right.stride(0),
         *parts.stride()[:3], *columns, splits, EXACT=_exact(left), BM=32, BN=wide, BK=deep, num_warps=4)
     total = parts[0] if splits == 1 else parts.sum(0)
-    return [part[:f.shape[0], :f.shape[1]].to(f.dtype) for part, f in zip(total, factors)]
+    return [part[:f.shape[0], :f.shape[1]].to(f.dtype).contiguous() for part, f in zip(total, factors)]
 
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
