@@ -12,10 +12,10 @@ SHARED_BYTES = 227 * 1024
 """What one block may have on sm_90."""
 REGISTERS = 65536
 """Of a multiprocessor."""
+SCORES, LORA = {"_scores", "_gradient", "_probabilities", "_add_rows"}, {"_multiply", "_outer"}
 JOBS = {"prefix_attention 128 bfloat16": {"_forward", "_query_gradient", "_key_gradient"},
-        "vocab_topk": {"_collect", "_sort"}, "topk_kl": {"_row"},
-        "linear_logprob": {"_scores", "_gradient", "_probabilities"},
-        "grouped_lora": {"_multiply", "_outer"}, "rowwise_fp8": {"_row"}}
+        "vocab_topk": {"_collect", "_sort"}, "topk_kl": {"_row"}, "rowwise_fp8": {"_row"}, "linear_logprob": SCORES,
+        "linear_logprob 257": SCORES, "grouped_lora": LORA, "grouped_lora 1024": LORA}
 """Jobs of ``support/sm90.py`` and the kernels that they launch."""
 
 

@@ -97,37 +97,40 @@ def topk_kl() -> None:
     triton_impl.topk_divergence(student, teacher, student[:, 0], "jsd")
 
 
-def linear_logprob() -> None:
-    """Forward, with and without what a backward needs, and backward with entropy."""
+def linear_logprob(ids: int) -> None:
+    """Forward, with and without what a backward needs, and both backwards, with entropy and from what was kept."""
     from copd_kernels.linear_logprob import triton_impl
 
-    hidden, ids = torch.zeros(1, 16, dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
-    head, one = torch.zeros(5000, 16, dtype=torch.bfloat16), torch.zeros(1)
-    triton_impl.linear_logprob(hidden, head, ids, 1.0, True, True)
-    triton_impl.linear_logprob_backward(hidden, head, ids, 1.0, one, one[:, None], one, one)
+    hidden, ids_TK = torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(2, ids, dtype=torch.int64)
+    head, one, each = torch.zeros(5000, 16, dtype=torch.bfloat16), torch.zeros(2), torch.zeros(2, ids)
+    triton_impl.linear_logprob(hidden, head, ids_TK, 1.0, True, True)
+    triton_impl.linear_logprob_backward(hidden, head, ids_TK, 1.0, one, each, one, one)
+    triton_impl.picked_gradient(hidden.float(), head, ids_TK, each, each, 1.0)
 
 
-def grouped_lora() -> None:
-    """Both products, and a factor's gradient."""
+def grouped_lora(rows: int) -> None:
+    """Both products, and a factor's gradient; of many rows each program has a share."""
     from copd_kernels.grouped_lora import triton_impl
     from copd_kernels.grouped_lora.segments import Segments
 
-    x, segments = torch.zeros(4, 256, dtype=torch.bfloat16), Segments.build([slice(0, 4)], torch.device("cpu"))
+    x, segments = torch.zeros(rows, 256, dtype=torch.bfloat16), Segments.build([slice(0, rows)], torch.device("cpu"))
     down, up = torch.zeros(32, 256, requires_grad=True), torch.zeros(256, 32, requires_grad=True)
     h = triton_impl.grouped_down(x, [down], segments)
     triton_impl.grouped_up(x.clone(), h, [up], [1.0], segments).sum().backward()
 
 
 def rowwise_fp8() -> None:
-    """Rows that fit in registers, multiplied."""
+    """Rows that fit in registers, multiplied, and rows that do not."""
     from copd_kernels.rowwise_fp8 import triton_impl
 
-    triton_impl.quantise_rows(torch.zeros(1, 2560, dtype=torch.bfloat16), torch.zeros(2560))
+    for size in (2560, 9728):
+        triton_impl.quantise_rows(torch.zeros(1, size, dtype=torch.bfloat16), torch.zeros(size))
 
 
 JOBS: dict[str, Callable[[], None]] = {
-    "vocab_topk": vocab_topk, "topk_kl": topk_kl, "linear_logprob": linear_logprob, "grouped_lora": grouped_lora,
-    "rowwise_fp8": rowwise_fp8} | {
+    "vocab_topk": vocab_topk, "topk_kl": topk_kl, "linear_logprob": partial(linear_logprob, 1),
+    "linear_logprob 257": partial(linear_logprob, 257), "grouped_lora": partial(grouped_lora, 4),
+    "grouped_lora 1024": partial(grouped_lora, 1024), "rowwise_fp8": rowwise_fp8} | {
     f"prefix_attention {dim} {str(dtype).removeprefix('torch.')}": partial(prefix_attention, dim, dtype)
     for dim, dtype in ((128, torch.bfloat16), (64, torch.bfloat16), (96, torch.bfloat16), (256, torch.bfloat16),
                        (128, torch.float32))}
