@@ -118,6 +118,8 @@ def _gradient_of(factors: Sequence[Tensor], left: Tensor, right: Tensor, scales:
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """[G, n, k] the factors side by side, padded with zeros."""
+    if len({factor.shape for factor in factors}) == 1:
+        return torch.stack(tuple(factors)).to(dtype)  # one launch, or two, for any number of experts
     n, k = (max(f.shape[d] for f in factors) for d in (0, 1))
     stack = factors[0].new_zeros(len(factors), n, k, dtype=dtype)
     for place, factor in zip(stack, factors):
