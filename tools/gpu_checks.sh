@@ -2,7 +2,7 @@
 # Everything that only a GPU can show, with one command:  tools/gpu_checks.sh [item ...]     (default: all)
 #
 #   1 environment   copd doctor; FP8 rows
-#   2 tests         those marked gpu, then the suite of the CPU
+#   2 tests         those marked gpu; tools/run_tests.sh runs the CPU's suite as well, which takes long
 #   3 prefix        an update with shared prefixes against naive ones, scoring by three experts, Qwen3-4B's shape
 #   4 kernels       each Triton kernel: agreement, time, share of the roofline
 #   5 fp8           FP8 against bfloat16: scoring and update by three experts, Qwen3-4B's shape
@@ -46,7 +46,7 @@ each_kernel() {
 }
 
 item_1() { "$PYTHON" -m copd_megatron doctor && each_kernel rowwise_fp8; }
-item_2() { "$PYTHON" -m pytest -q -m gpu && CUDA_VISIBLE_DEVICES="" "$PYTHON" -m pytest -q; }
+item_2() { "$PYTHON" -m pytest -q -m gpu; }
 item_3() {
     local failed=0
     for attention in flash triton; do
