@@ -144,7 +144,9 @@ def by_operator(events: Iterable[Any], kinds: Sequence[str]) -> dict[str, dict[s
             continue
         phase = phases.at(event.time_range.start) or "other"
         if torch.cuda.is_available():
-            own = [(kernel.name, kernel.duration) for kernel in event.kernels]
+            # Ranges may stand on the device's side, too; what runs in them has kernels of its own.
+            own = [(kernel.name, kernel.duration) for kernel in event.kernels
+                   if not kernel.name.startswith((STEP, RANGE))]
         else:
             is_range = event.name.startswith((STEP, RANGE))
             own = [(OUTSIDE if is_range else event.name, event.self_cpu_time_total)]

@@ -239,6 +239,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--gpus: {options.gpus}; at least 1")
     if options.target is not None and not 0 < options.target <= 1:
         parser.error(f"--target: {options.target}; above 0, at most 1")
+    if options.json is not None and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        parser.error(f"--json: {options.json}; a file in a folder that is there; make the folder first")
     if not (options.ours or options.verl or options.nemo_rl):
         parser.error("--ours, --verl, --nemo-rl: none was given; at least one")
     return options

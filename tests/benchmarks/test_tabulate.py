@@ -133,7 +133,9 @@ def test_tensorboard_folders_that_do_not_serve_are_one_line(tool, nemo_rl, tmp_p
 
 
 @pytest.mark.parametrize("arguments, message", [([], "none was given"), (["--ours", "x", "--gpus", "0"], "at least 1"),
-                                                (["--ours", "x", "--target", "2"], "--target: 2.0; above 0")])
+                                                (["--ours", "x", "--target", "2"], "--target: 2.0; above 0"),
+                                                (["--ours", "x", "--json", "/"], "make the folder first"),
+                                                (["--ours", "x", "--json", "no/x.json"], "make the folder first")])
 def test_impossible_arguments_are_refused(tool, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         tool.main(arguments)

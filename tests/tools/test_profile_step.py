@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +120,25 @@ def test_layers_below_what_was_kept_compute_nothing(tool, tmp_path):
     assert saved[0].linears > 0.35 * computed["score"].linears
     mm = [ran[torch.ops.aten.mm] for ran in products.values()]
     assert mm[0] - mm[1] == pytest.approx(saved[0].linears + saved[1].linears, rel=1e-9)
+
+
+def test_on_a_gpu_kernels_stand_under_the_phase_that_launched_them(tool, monkeypatch):
+    """Also those that no operator launches (Triton's), which the profiler hangs on the innermost range."""
+    def event(name, start, end, *kernels, device=tool.DeviceType.CPU):
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end),
+                               kernels=[SimpleNamespace(name=n, duration=d) for n, d in kernels])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = tool.by_operator([
+        event("aten::mm", -5, -4, ("gemm", 1000)), event("step/opd", 0, 100, ("step/opd", 100)),
+        event("phase/score", 10, 40, ("grouped_lora", 3), ("phase/score", 30)), event("aten::mm", 12, 13, ("gemm", 5)),
+        event("phase/exchange", 20, 30), event("aten::cat", 21, 22, ("copy", 2)),
+        event("aten::mm", 33, 34, ("gemm", 4)), event("aten::mm", 50, 51, ("gemm", 7)),
+        event("gemm", 60, 99, device=tool.DeviceType.CUDA)], ["rlvr", "opd"])
+    assert found["rlvr"] == {}
+    assert {name: (own.calls, dict(own.seconds)) for name, own in found["opd"].items()} == {
+        "grouped_lora": (1, {"score": pytest.approx(3e-6)}), "copy": (1, {"exchange": pytest.approx(2e-6)}),
+        "gemm": (3, {"score": pytest.approx(9e-6), "other": pytest.approx(7e-6)})}
 
 
 def test_the_innermost_range_counts(tool):

@@ -14,6 +14,10 @@ ASKS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", 
 host and .tolist() are no operators on a CPU.)"""
 
 
+ON_THE_HOST = ("_largest_ids", "_weigh", "torch/optim")
+"""Where the host asks itself: what is done on a CPU only, weights of tokens, AdamW's count of updates."""
+
+
 class Waiting(TorchDispatchMode):
     """Collects the operators that would make a CUDA stream's host wait."""
 
@@ -28,7 +32,7 @@ class Waiting(TorchDispatchMode):
             i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         if name in ASKS or masked:
             stack = "".join(traceback.format_stack(limit=8)[:-1])
-            if "_largest_ids" not in stack:  # asks only on a CPU
+            if not any(own in stack for own in ON_THE_HOST):
                 self.found.append(f"{name} {stack}")
         return func(*args, **(kwargs or {}))
 
@@ -41,16 +45,24 @@ class Waiting(TorchDispatchMode):
         return watched
 
 
-@pytest.mark.parametrize("signal", ["sampled", "topk", "student_topk", "full"])
-def test_scoring_and_update_do_not_wait(signal, tmp_path):
+HALF_DEPTH = {"adapter": {"scope": "completion", "first_layer": 2}, "rollout": {"lower_states_bytes": 10**9}}
+STORED = {"adapter": {"scope": "completion"}, "rollout": {"prefix_store_bytes": 10**9}}
+SEVERAL = {"model": {"recompute": "full"}, "rlvr": {"minibatches_per_rollout": 2, "entropy_coef": 0.1, "kl_coef": 0.1}}
+
+
+@pytest.mark.parametrize("signal, sections", [
+    ("sampled", {}), ("topk", {}), ("student_topk", {}), ("full", {}), ("topk", HALF_DEPTH), ("full", STORED),
+    ("sampled", SEVERAL)], ids=str)
+def test_scoring_and_update_do_not_wait(signal, sections, tmp_path):
+    """Optimizers included."""
     config = toy_config("qwen3", ("text", "image"), opd={"signal": signal},
                         schedule={"rl_steps": 0, "opd_steps": 1},
-                        optimizer={"lr": 0.01, "microbatch_tokens": 120}, metrics={"rollouts": False})
+                        optimizer={"lr": 0.01, "microbatch_tokens": 120}, metrics={"rollouts": False}, **sections)
     waiting = Waiting()
     with toy_trainer(config, tmp_path) as trainer:
         randomise(trainer)
-        runner = trainer.learner.runner
-        runner.train, runner.score = waiting.watch(runner.train), waiting.watch(runner.score)
+        runner, learner = trainer.learner.runner, trainer.learner
+        learner.update, runner.score = waiting.watch(learner.update), waiting.watch(runner.score)
         before = {n: p.detach().clone() for n, p in trainer.learner.optimizers["text"].parameters.items()}
         trainer.train_step(0, "opd")
         after = trainer.learner.optimizers["text"].parameters

@@ -57,6 +57,7 @@ COMMON=(
     trainer.default_local_dir="$SAVES/$STAGE"
     'trainer.logger=["console","file"]'
     trainer.nnodes=1
+    trainer.total_epochs=1000  # the steps of each stage end it
     trainer.val_before_train=False
     trainer.test_freq=25
 )
