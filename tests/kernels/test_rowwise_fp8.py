@@ -71,6 +71,22 @@ def test_forward_and_backward_are_those_of_the_stored_weight(backend):
         assert float((found - truth).norm() / truth.norm()) < 0.04
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_no_rows_views_and_one_gradient_for_all(backend):
+    q, s = quantise_rows(torch.randn(32, 48, device=DEVICE))
+    wide = torch.randn(5, 60, device=DEVICE)
+    outcomes = []
+    for x in (wide[:, 7:55], wide[:, 7:55].contiguous(), wide.T.contiguous().T[:, 7:55]):
+        leaf = x.detach().requires_grad_()
+        y = frozen_linear(leaf, q, s, backend)
+        outcomes.append((y, *torch.autograd.grad(y.sum(), leaf)))  # a gradient without strides
+    assert all(map(torch.equal, outcomes[0], outcomes[1])) and all(map(torch.equal, outcomes[0], outcomes[2]))
+    none = torch.empty(0, 1, 48, device=DEVICE, requires_grad=True)
+    y = frozen_linear(none, q, s, backend)
+    assert y.shape == (0, 1, 32) and torch.autograd.grad(y.sum(), none)[0].shape == (0, 1, 48)
+
+
 @pytest.mark.parametrize(("n", "k", "dtype"), [
     (40, 32, torch.float32), (32, 40, torch.float32), (32, 32, torch.float64)])
 def test_sizes_and_dtypes_that_cannot_be(n, k, dtype):

@@ -21,7 +21,7 @@ Bytes, Triton: q, k, v read and out written once from memory, 4 more per row and
     dq, dk, dv written. A tile's keys come from the cache: 2 d itemsize kv_heads (P + R / 2) per tile of query rows.
     A trunk that more than 8,192 leaf rows see costs 8 d per key, kv head and 8,192 rows more in the backward.
     ``fused`` copies every operand into blocks besides, keys and values of the causal part once per query head.
-Limits, Triton: head dim up to 256, not float64, T < 2^31. A head dim between powers of two is padded (80 and 96 cost
+Limits, Triton: head dim up to 256, not float64, T < 2^30. A head dim between powers of two is padded (80 and 96 cost
     as 128). Equal inputs give equal bits, but a row's last bits depend on the rows it shares a tile with. Few query
     rows on very long trunks leave multiprocessors idle: a tile is not split over keys.
 """

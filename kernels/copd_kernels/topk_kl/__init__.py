@@ -11,7 +11,6 @@ are distributions on K + 1 outcomes and the result is a divergence: >= 0, at mos
 The student's tail is 1 - sum p; a tail without mass contributes 0. Gradient: of the student's log-probs only.
 
 FLOPs: about 10 T K. Bytes: 2 T K x itemsize read, T x itemsize written; backward T K more written.
-Limits: 1 <= K <= V; ids distinct within a row; float32 or float64 (Triton: float32); finite
-log-probs. Tails under eps / 8
-count as eps / 8 inside logarithms: a finite stand-in for the infinite reverse KL to a teacher without a tail.
+Limits: 1 <= K <= V; ids distinct within a row; float32 or float64 (Triton: float32); finite log-probs. Tails under
+eps / 8 count as eps / 8 inside logarithms: a finite stand-in for the infinite reverse KL to a teacher without a tail.
 """
