@@ -168,7 +168,7 @@ def test_triton_equals_the_reference(small_tiles, name, heads, kv_heads, dim, dt
     _check(triton_impl.prefix_attention, *ODD[name], heads, kv_heads, dim, dtype)
 
 
-@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("dim", [64, 128, 256])
 def test_triton_in_tiles_as_they_are_launched(dim):
     _check(triton_impl.prefix_attention, [(0, 70, 0, 0), (70, 75, 0, 70)], 75, 2, 1, dim, torch.bfloat16)
 
