@@ -13,7 +13,7 @@ from bench_record import refuse_below
 from torch import Tensor
 
 from copd_megatron.config.model import AdapterConfig, ModelConfig
-from copd_megatron.model.shared_prefix import Leaf, LeafGroup, build_pack
+from copd_megatron.model.shared_prefix import Leaf, LeafGroup, StateKey, build_pack
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.vocab_parallel import TokenScores, score
 from copd_megatron.parallel.groups import Groups
@@ -63,19 +63,40 @@ class Group:
         rng = np.random.default_rng(0)
         self.prompt = random_prompt(rng, shape.prefix, shape.header, spec.vocab_size)
         self.completions = [tuple(ids) for ids in rng.integers(0, spec.vocab_size, (shape.group, shape.completion))]
+        self.kept: dict[StateKey, Tensor] = {}
+        """What `keep_states` has kept."""
         self.weights = torch.from_numpy(rng.normal(size=shape.group * shape.completion)).float().to(device())
 
     def lanes(self, experts: Sequence[str]) -> list[Lane]:
         """All completions under the first of the experts, then under the next."""
         return [Lane(expert, ids) for expert in experts for ids in self.completions]
 
-    def evaluate(self, lanes: Sequence[Lane], sharing: bool = True, topk: int = 0) -> tuple[Tensor, TokenScores]:
-        """One pass: hidden states [lanes x R, H] and scores of the completions' tokens."""
+    def evaluate(self, lanes: Sequence[Lane], sharing: bool = True, topk: int = 0,
+                 begins_above: bool = False) -> tuple[Tensor, TokenScores]:
+        """One pass: hidden states [lanes x R, H] and scores of the completions' tokens.
+
+        Args:
+            begins_above: at ``first_layer``, from what `keep_states` has kept.
+        """
         rules = replace(self.backbone.rules, sharing=sharing)
         group = LeafGroup(self.prompt, [Leaf(lane.expert, lane.token_ids) for lane in lanes])
-        pack = build_pack([group], rules, device())
-        hidden = self.backbone(pack)
+        pack = build_pack([group], rules, device(), kept=dict.fromkeys(self.kept, 0) if begins_above else None)
+        given = torch.cat([self.kept[key] for key in pack.kept.keys[0]]) if begins_above else None
+        hidden = self.backbone(pack, kept=given)
         return hidden, score(hidden, self.backbone.head, pack.target_ids, topk=topk)
+
+    @torch.no_grad()
+    def keep_states(self) -> None:
+        """Keep what enters ``first_layer`` of the prompt and the completions, as a step's rollout does."""
+        last, found = self.backbone.layers[self.adapter.first_layer - 1], []
+        hook = last.register_forward_hook(lambda module, given, out: found.append(out[0]))
+        self.evaluate(self.lanes(self.experts[:1]))
+        hook.remove()
+        forced = self.backbone.rules.forced(self.prompt)
+        trunk, key = self.shape.prefix - forced, self.prompt.content_hash
+        keys = [*([(key, None)] if trunk else []), *((key, ids) for ids in dict.fromkeys(self.completions))]
+        sizes = [*([trunk] if trunk else []), *[forced + self.shape.completion - 1] * (len(keys) - bool(trunk))]
+        self.kept = dict(zip(keys, torch.cat(found).split(sizes), strict=True))
 
     @torch.no_grad()
     def score(self, experts: Sequence[str], topk: int) -> tuple[Tensor, TokenScores]:

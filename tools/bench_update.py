@@ -2,8 +2,9 @@
 
 One update is N scorings (the G completions of one prompt under each of N experts) and one forward and backward of
 one expert, without weight gradients of the backbone: `naive` (every lane carries its own prompt), `per_expert`
-(completions share the prompt, one scoring pass per expert) and `shared` (all lanes of the group in one pass). All
-three run in this process on the same random backbone, through the trainer's packs, layers and head; their logits
+(completions share the prompt, one scoring pass per expert) and `shared` (all lanes of the group in one pass); with a
+first layer above 0 also `kept` (`shared` from hidden states that the rollout kept where they enter that layer). All
+run in this process on the same random backbone, through the trainer's packs, layers and head; their logits
 and adapter gradients are compared before anything is timed.
 
     python tools/bench_update.py --prefix 256 --completion 32 --group 8 --experts 3 --scope completion
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,9 +41,18 @@ from copd_megatron.model.vocab_parallel import Head, shard_logits
 from copd_megatron.parallel.groups import Groups
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
-from copd_megatron.simulate.flops import WAYS, UpdateShape, Way, pass_streams, recomputed_flops, update_flops
+from copd_megatron.simulate.flops import (
+    WAYS,
+    Stream,
+    UpdateShape,
+    pass_flops,
+    pass_streams,
+    recomputed_flops,
+    update_flops,
+)
 from copd_megatron.types import UserError
 
+KEPT = "kept"
 SWEEP_LENGTHS = ((16384, 1024), (4096, 1024), (1024, 256), (1024, 1024), (1024, 4096), (1024, 8192))
 """Prefix and completion of the map, from a long video to long reasoning."""
 TOLERANCE = {"float32": 1e-3, "float64": 1e-9, "bfloat16": 0.15}
@@ -66,31 +76,35 @@ class Update(Group):
                  model: ModelConfig, max_tokens: int):
         super().__init__(spec, shape, adapter, groups, model)
         self.max_tokens = max_tokens
+        self.ways: tuple[str, ...] = WAYS
+        if adapter.first_layer:
+            self.ways += (KEPT,)
+            self.keep_states()
 
-    def run(self, way: Way) -> list[torch.Tensor]:
+    def run(self, way: str) -> list[torch.Tensor]:
         """Do it once; gradients are left in the adapters. Returns the hidden states of the scoring passes."""
         self.backbone.zero_grad()
         scored = []
         for lanes in self._passes(way, scoring=True):
             with torch.no_grad():
-                hidden, _ = self.evaluate(lanes, way != "naive")
+                hidden, _ = self.evaluate(lanes, way != "naive", begins_above=way == KEPT)
             scored.append(hidden)
         start = 0
         for lanes in self._passes(way, scoring=False):
-            logprobs = self.evaluate(lanes, way != "naive")[1].logprobs_T
+            logprobs = self.evaluate(lanes, way != "naive", begins_above=way == KEPT)[1].logprobs_T
             (self.weights[start:start + len(logprobs)] * logprobs).sum().backward()
             start += len(logprobs)
         return scored
 
-    def outcome(self, way: Way) -> Outcome:
+    def outcome(self, way: str) -> Outcome:
         """Run once and keep what the ways must agree on."""
         hidden = torch.cat(self.run(way))
         return Outcome(hidden, {name: gradient.clone() for name, gradient in self.gradients().items()})
 
-    def _passes(self, way: Way, scoring: bool) -> Iterator[list[Lane]]:
+    def _passes(self, way: str, scoring: bool) -> Iterator[list[Lane]]:
         """Lanes that pass together. Only naive lanes, which share nothing, are split by ``max_tokens``."""
         experts = self.experts if scoring else self.experts[:1]
-        together = [experts] if way == "shared" else [[e] for e in experts]
+        together = [experts] if way in ("shared", KEPT) else [[e] for e in experts]
         for some in together:
             lanes = self.lanes(some)
             longest = self.shape.prefix + self.shape.completion - 1
@@ -104,32 +118,38 @@ def measure(spec: BackboneSpec, shape: UpdateShape, adapter: AdapterConfig, grou
     update = Update(spec, shape, adapter, groups, model, max_tokens)
     row = {**asdict(shape), "scope": adapter.scope, "first_layer": adapter.first_layer}
     row |= compare(update, TOLERANCE[model.dtype])
-    wall: dict[str, list[float]] = {way: [] for way in WAYS}
-    busy: dict[str, list[float]] = {way: [] for way in WAYS}
+    wall: dict[str, list[float]] = {way: [] for way in update.ways}
+    busy: dict[str, list[float]] = {way: [] for way in update.ways}
     for turn in range(1, repeats + 1):
-        for way in WAYS:
+        for way in update.ways:
             start, used = now(), time.process_time()
             update.run(way)
             wall[way].append(now() - start)
             busy[way].append(time.process_time() - used)
             print(f"    {way}: update {turn} of {repeats}, {wall[way][-1]:.2f} s", file=sys.stderr, flush=True)
-    flops = {way: flops_of(way, shape, spec, adapter, model) for way in WAYS}
-    for way in WAYS:
+    flops = {way: flops_of(way, shape, spec, adapter, model) for way in update.ways}
+    for way in update.ways:
         row |= {f"{way}_s": statistics.median(wall[way]), f"{way}_cpu_s": statistics.median(busy[way]),
                 f"{way}_flops": flops[way]}
     row["ratio"] = row["naive_s"] / row["shared_s"]
     row["cpu_ratio"] = row["naive_cpu_s"] / row["shared_cpu_s"]
     row["predicted_ratio"] = flops["naive"] / flops["shared"]
     row["share_of_prediction"] = row["ratio"] / row["predicted_ratio"]
-    row["per_expert_ratio"] = row["naive_s"] / row["per_expert_s"]
-    row["per_expert_predicted_ratio"] = flops["naive"] / flops["per_expert"]
+    for way in update.ways:
+        if way not in ("naive", "shared"):
+            row[f"{way}_ratio"] = row["naive_s"] / row[f"{way}_s"]
+            row[f"{way}_predicted_ratio"] = flops["naive"] / flops[way]
     return row
 
 
-def flops_of(way: Way, shape: UpdateShape, spec: BackboneSpec, adapter: AdapterConfig, model: ModelConfig) -> float:
+def flops_of(way: str, shape: UpdateShape, spec: BackboneSpec, adapter: AdapterConfig, model: ModelConfig) -> float:
     """Of the update and of what its backward computes again."""
     again = recomputed_flops(spec, adapter, pass_streams(shape, adapter, 1, way != "naive"), model.recompute)
-    return (update_flops(way, shape, spec, adapter) + again).total
+    if way != KEPT:
+        return (update_flops(way, shape, spec, adapter) + again).total
+    scoring, updated = (pass_flops(spec, adapter, replace(pass_streams(shape, adapter, experts, True), below=Stream()),
+                                   backward) for experts, backward in ((shape.experts, False), (1, True)))
+    return (scoring + updated + again).total
 
 
 def compare(update: Update, tolerance: float) -> dict[str, float]:
@@ -138,7 +158,7 @@ def compare(update: Update, tolerance: float) -> dict[str, float]:
     naive = update.outcome("naive")
     largest = {"logit": 0.0, "grad": max(g.abs().max().item() for g in naive.gradients.values())}
     differ = {"logit": 0.0, "grad": 0.0}
-    for way in WAYS[1:]:
+    for way in update.ways[1:]:
         print(f", {way}", end="", file=sys.stderr, flush=True)
         other = update.outcome(way)
         largest["logit"], apart = compare_logits(naive.hidden, other.hidden, update.backbone.own_head)
@@ -202,7 +222,7 @@ def show(row: dict) -> None:
     print(f"\nprefix {row['prefix']}, completion {row['completion']}, G {row['group']}, {row['experts']} experts, "
           f"scope {row['scope']}, first layer {row['first_layer']}")
     print(f"  {'way':<12}{'seconds':>9}{'TFLOP':>9}{'GFLOP/s':>9}{'ratio':>8}{'predicted':>11}{'reached':>9}")
-    for way in WAYS:
+    for way in (*WAYS, *([KEPT] if f"{KEPT}_s" in row else [])):
         seconds, flops = row[f"{way}_s"], row[f"{way}_flops"]
         ratio, predicted = row["naive_s"] / seconds, row["naive_flops"] / flops
         print(f"  {way:<12}{seconds:>9.3f}{flops / 1e12:>9.3f}{flops / seconds / 1e9:>9.1f}{ratio:>8.2f}"

@@ -12,6 +12,8 @@ from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
 from copd_megatron.simulate.flops import (
     WAYS,
+    PassStreams,
+    Stream,
     UpdateShape,
     pass_flops,
     pass_streams,
@@ -45,6 +47,13 @@ def test_writes_times_ratios_and_differences(bench, tmp_path, capsys, scope, fir
     result = json.loads(file.read_text())
     adapter = AdapterConfig(rank=3, scope=scope, first_layer=first_layer)
     flops = {way: update_flops(way, SHAPE, SPEC, adapter).total for way in WAYS}
+    assert ("kept_s" in result) == (first_layer > 0)
+    if first_layer:
+        below = PassStreams(pass_streams(SHAPE, adapter, 2, True).below, Stream(), Stream(), 0)
+        saved = 2 * pass_flops(SPEC, adapter, below, backward=False).total  # of the scoring pass and of the update
+        assert result["kept_flops"] == pytest.approx(flops["shared"] - saved) and saved > 0.1 * flops["shared"]
+        assert result["kept_ratio"] == result["naive_s"] / result["kept_s"] > 0
+        assert result["kept_predicted_ratio"] > result["predicted_ratio"]
     assert result["predicted_ratio"] == pytest.approx(flops["naive"] / flops["shared"])
     assert result["ratio"] == result["naive_s"] / result["shared_s"] > 0
     assert result["per_expert_s"] > 0
@@ -85,6 +94,23 @@ def test_splitting_naive_passes_changes_nothing(bench, one_rank):
     torch.testing.assert_close(split.hidden, whole.hidden, rtol=0, atol=1e-12)
     for name, gradient in whole.gradients.items():
         torch.testing.assert_close(split.gradients[name], gradient, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("header", [3, 12])
+@pytest.mark.parametrize("scope", ["sequence", "completion"])
+def test_kept_states_are_those_of_the_layers_below(bench, one_rank, scope, header):
+    """Also where the header is the whole prompt; with completions that are equal."""
+    shape = replace(SHAPE, header=header, completion=2, group=40)
+    update = bench.Update(replace(SPEC, vocab_size=5), shape, AdapterConfig(rank=3, scope=scope, first_layer=1),
+                          one_rank(), ModelConfig(path="-", dtype="float64"), 10_000)
+    computed, kept = update.outcome("shared"), update.outcome("kept")
+    torch.testing.assert_close(kept.hidden, computed.hidden, rtol=0, atol=1e-12)
+    for name, gradient in computed.gradients.items():
+        torch.testing.assert_close(kept.gradients[name], gradient, rtol=0, atol=1e-10)
+    below = []
+    with update.backbone.layers[0].register_forward_hook(lambda *given: below.append(given)):
+        update.run("kept")
+    assert not below
 
 
 @pytest.mark.parametrize("part", ["logits", "gradients"])
