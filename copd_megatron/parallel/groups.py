@@ -43,7 +43,8 @@ def init_distributed(config: ParallelConfig) -> None:
     torch.distributed is running already.
 
     Raises:
-        UserError: NCCL was asked for without CUDA, gloo with it, or the environment is incomplete.
+        UserError: NCCL was asked for without CUDA, gloo with it, a machine has more ranks than GPUs, or the
+            environment is incomplete.
     """
     if dist.is_initialized():
         return
@@ -64,9 +65,22 @@ def init_distributed(config: ParallelConfig) -> None:
                         "start the ranks with torchrun, or unset RANK")
     device = None
     if backend == "nccl":
-        torch.cuda.set_device(int(os.getenv("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own_gpu(int(os.getenv("LOCAL_RANK", "0")), torch.cuda.device_count()))
         device = platform.device()
     dist.init_process_group(backend, timeout=timeout, device_id=device)
+
+
+def own_gpu(local_rank: int, visible: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if local_rank >= visible:
+        raise UserError(f"environment: LOCAL_RANK={local_rank} sees {visible} CUDA device{'s' * (visible != 1)}; each "
+                        "rank of a machine has a GPU of its own; start fewer ranks, or, where each sees its own GPU "
+                        "only, set LOCAL_RANK=0 for all")
+    return local_rank
 
 
 def shutdown_distributed() -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from copd_megatron.config.parallel import ParallelConfig
-from copd_megatron.parallel.groups import Groups, init_distributed, shutdown_distributed
+from copd_megatron.parallel.groups import Groups, init_distributed, own_gpu, shutdown_distributed
 from copd_megatron.parallel.layout import Layout
 from copd_megatron.parallel.placement import Placement
 from copd_megatron.types import UserError
@@ -133,6 +133,12 @@ def test_nccl_without_cuda_is_refused(no_world):
         pytest.skip("this machine has CUDA")
     with pytest.raises(UserError, match=r"^parallel\.backend: nccl .* set parallel\.backend=auto"):
         init_distributed(ParallelConfig(backend="nccl"))
+
+
+def test_each_rank_of_a_machine_has_a_gpu():
+    assert [own_gpu(rank, 2) for rank in (0, 1)] == [0, 1]
+    with pytest.raises(UserError, match="^environment: LOCAL_RANK=1 sees 1 CUDA device; .*set LOCAL_RANK=0 for all"):
+        own_gpu(1, 1)
 
 
 @pytest.fixture

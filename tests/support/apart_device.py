@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 import copd_megatron.platform
 from copd_megatron.exchange import payload
@@ -153,6 +152,8 @@ class _Module:
 
 @functools.cache
 def _register() -> None:
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend  # older torch has none
+
     payload.BLOCK[NAME] = payload.BLOCK["cpu"]
     _setup_privateuseone_for_python_backend(NAME, _Module())
 
