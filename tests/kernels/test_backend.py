@@ -1,4 +1,6 @@
 """The choice between the reference and Triton."""
+import inspect
+
 import pytest
 import torch
 
@@ -28,10 +30,16 @@ def test_without_the_package(monkeypatch):
         resolve("triton", CUDA, torch.float32)
 
 
-@pytest.mark.parametrize("kernel", ["vocab_topk", "linear_logprob", "topk_kl"])
+FUNCTIONS = {"vocab_topk": ["vocab_topk", "merge_topk"], "topk_kl": ["topk_divergence"],
+             "linear_logprob": ["linear_logprob", "linear_logprob_backward", "picked_gradient", "rest_"],
+             "grouped_lora": ["grouped_down", "grouped_up"], "rowwise_fp8": ["quantise_rows"]}
+
+
+@pytest.mark.parametrize("kernel", FUNCTIONS)
 def test_both_implementations_have_the_functions_of_the_contract(kernel):
     reference, triton = (implementation(kernel, backend) for backend in ("reference", "triton"))
     assert reference is not triton
-    names = {"vocab_topk": ["vocab_topk", "merge_topk"], "topk_kl": ["topk_divergence"],
-             "linear_logprob": ["linear_logprob", "linear_logprob_backward"]}[kernel]
-    assert all(callable(getattr(module, name)) for module in (reference, triton) for name in names)
+    for name in FUNCTIONS[kernel]:
+        taken, wanted = ([(p.name, p.default) for p in inspect.signature(getattr(module, name)).parameters.values()]
+                         for module in (triton, reference))
+        assert taken == wanted, name
