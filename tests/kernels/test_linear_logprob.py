@@ -79,6 +79,16 @@ def test_what_the_forward_keeps_gives_the_gradient(case, cuts):
     torch.testing.assert_close(kept_gradient(reference, hidden.detach(), weight, ids, grad_picked, cuts), wanted)
 
 
+def test_rows_of_a_narrower_head_are_gathered_for_a_few_tokens_at_a_time(case, monkeypatch):
+    hidden, weight, ids = case
+    weight, grad_picked = weight.bfloat16(), torch.randn_like(ids.double())
+    wanted = kept_gradient(reference, hidden.detach(), weight.double(), ids, grad_picked, [0, 4, 11])
+    for gathered in (1, 2 * IDS * HIDDEN, 2**24):
+        monkeypatch.setattr(reference, "GATHERED", gathered)
+        found = kept_gradient(reference, hidden.detach(), weight, ids, grad_picked, [0, 4, 11])
+        torch.testing.assert_close(found, wanted)
+
+
 def test_bfloat16_inputs_are_multiplied_in_float32(case):
     hidden, weight, ids = (t.to(torch.bfloat16) if t.is_floating_point() else t for t in case)
     found = linear_logprob(hidden, weight, ids)

@@ -22,7 +22,7 @@ Math is float64 for float64 hidden states, else float32, also for bfloat16 input
 FLOPs: forward 2 T H V, with the rest 4 T H V; ``picked_gradient`` 2 T H K; ``linear_logprob_backward`` 4 T H V.
 Bytes: (T H + V H) x itemsize at least; the reference also holds two [T, V] tensors in the math dtype, the Triton form
 one, which is overwritten. ``picked_gradient`` 2 T H x 4 and K rows of the head per token, T K H x itemsize at most;
-the reference gathers them first, [T, K, H], and in float32 besides where the head is narrower.
+the reference gathers them first, in float32, where the head is narrower, of as many tokens as 64 MiB hold.
 Limits: not float64 in Triton; T V < 2^31 elements; no gradient of a gradient; ids repeated in a row add up in any
 order in the reference on CUDA.
 """

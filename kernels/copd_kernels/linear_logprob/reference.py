@@ -9,6 +9,9 @@ from torch import Tensor
 
 from copd_kernels.vocab_topk.reference import by_rows, pick_logits, row_lse
 
+GATHERED = 2**24
+"""Numbers of the head that exist in another dtype at a time in :func:`picked_gradient`."""
+
 
 class ShardScores(NamedTuple):
     """What one vocabulary shard knows about a block of tokens; see the package's contract."""
@@ -161,7 +164,10 @@ def _weighted_rows(weight_VH: Tensor, ids_TK: Tensor, factor_TK: Tensor) -> Tens
     """[T, H] sum over k of factor_TK weight_VH[ids_TK] in the dtype of the factors."""
     if weight_VH.dtype == factor_TK.dtype:
         return torch.nn.functional.embedding_bag(ids_TK, weight_VH, mode="sum", per_sample_weights=factor_TK)
-    return (factor_TK[:, None] @ weight_VH[ids_TK].to(factor_TK.dtype))[:, 0]
+    # Of a few tokens at a time: the rows of a chunk's tokens may be many times as large as its logits.
+    tokens = max(1, GATHERED // max(1, ids_TK.shape[1] * weight_VH.shape[1]))
+    return torch.cat([(factor[:, None] @ weight_VH[ids].to(factor.dtype))[:, 0]
+                      for ids, factor in zip(ids_TK.split(tokens), factor_TK.split(tokens))])
 
 
 def linear_logprob_backward(hidden_TH: Tensor, weight_VH: Tensor, ids_TK: Tensor, temperature: float,
