@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.initialization import no_init_weights
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from copd_megatron.metrics.timers import Timers
 from copd_megatron.model.hf_config import load_hf_config
 from copd_megatron.model.safetensor_reader import SafetensorReader
 from copd_megatron.model.spec import BackboneSpec
 from copd_megatron.model.translate import VISION_PREFIX
+from copd_megatron.platform import on_device
 from copd_megatron.types import Prompt, UserError, VisualInputs
 
 CACHE_BYTES = 1 << 30
@@ -139,11 +141,24 @@ class VisionTower:
         """Yield [1 + L, tokens, H] for each image (or each video, whole) of each prompt, in order."""
         if patches[0] is None:
             return
-        pixels = torch.from_numpy(np.concatenate(patches)).to(self.device, self.dtype)
+        pixels = on_device(np.concatenate(patches), self.device).to(self.dtype)
         grid = torch.from_numpy(np.concatenate(grids))
-        out = self.module(pixels, grid_thw=grid.to(self.device))
+        out = self.module(pixels, grid_thw=on_device(grid.numpy(), self.device), **self._layout(grid))
         stacked = torch.stack([out.pooler_output, *getattr(out, "deepstack_features", ())])
         yield from stacked.split((grid.prod(1) // self.merged_patches).tolist(), dim=1)
+
+
+    def _layout(self, grid: Tensor) -> dict[str, Tensor]:
+        """What the tower would make of the grids itself, made on the host: it reads sizes as numbers, three times in
+        each layer where attention cuts the rows, and each time would wait for a GPU."""
+        tower = self.module
+        made = {"cu_seqlens": get_vision_cu_seqlens(grid),
+                "position_ids": on_device(get_vision_position_ids(grid, tower.spatial_merge_size).numpy(), self.device)}
+        if hasattr(tower, "window_size"):
+            index, made["cu_window_seqlens"] = get_vision_window_index(
+                grid, tower.spatial_merge_size, tower.window_size, tower.patch_size)
+            made["window_index"] = on_device(index.numpy(), self.device)
+        return made
 
 
 def _shape_of(visual: VisualInputs) -> tuple:
