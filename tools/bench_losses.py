@@ -8,7 +8,9 @@ Random hidden states of a student and a teacher and one frozen head; the loss is
 
 `materialised` is plain torch: matmul, log_softmax and the definition, differentiated by autograd. Where Liger-Kernel
 (Hsu et al. 2024, arXiv:2410.10989) is installed and there is a GPU, its fused linear JSD runs as well. Every side
-runs in a process of its own, one after the other; values and gradients are compared across them.
+runs in a process of its own, one after the other; values and gradients are compared across them. The ideal is the
+matrix products alone (logits of each side, gradient of the student's hidden states) at the rate that the machine
+reaches, measured as `copd calibrate` does unless `--hardware` names it.
 
     python tools/bench_losses.py --json losses.json
     python tools/bench_losses.py --tokens 8192 --hidden 4096 --vocab 128256 --dtype bfloat16 --json losses.json
@@ -32,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tools")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from bench_backbone import add_hardware_option, peaks  # noqa: E402
 from bench_record import (  # noqa: E402
     add_json_option,
     end,
@@ -53,6 +56,8 @@ from copd_megatron.model.vocab_parallel import Head, score  # noqa: E402
 from copd_megatron.types import UserError  # noqa: E402
 
 LOSSES = ("jsd", "topk", "reverse", "forward", "logprob")
+PRODUCTS = {loss: 2 if loss == "logprob" else 3 for loss in LOSSES}
+"""Matrix products of tokens x hidden x vocabulary that a loss takes at least."""
 TOPK = 64
 TOLERANCE = {"float32": 1e-3, "float64": 1e-9, "bfloat16": 5e-2}
 """Largest difference of values and gradients, relative to the largest; kept logits are bfloat16 if the head is."""
@@ -184,10 +189,15 @@ def warm_up(side: str, loss: str, options: argparse.Namespace, device: torch.dev
     value.sum().backward()
 
 
-def measure(loss: str, options: argparse.Namespace) -> dict:
-    """One row: seconds, peaks, differences. Raises ArithmeticError where the sides disagree."""
+def measure(loss: str, options: argparse.Namespace, rate: float) -> dict:
+    """One row: seconds, peaks, differences. Raises ArithmeticError where the sides disagree.
+
+    Args:
+        rate: FLOP/s of matrix products.
+    """
+    ideal_s = PRODUCTS[loss] * 2 * options.tokens * options.hidden * options.vocab / rate
     row: dict = {"loss": loss, "tokens": options.tokens, "hidden": options.hidden, "vocab": options.vocab,
-                 "dtype": options.dtype}
+                 "dtype": options.dtype, "ideal_s": ideal_s}
     outcomes: dict[str, Outcome] = {}
     for side in SIDES:
         reason = why_not(side, loss, options)
@@ -203,7 +213,11 @@ def measure(loss: str, options: argparse.Namespace) -> dict:
     pairs = [(ours, theirs) for ours, theirs in (("chunked", "materialised"), ("uniform", "liger"))
              if theirs in outcomes]
     for ours, theirs in pairs:
-        row |= compare(outcomes[ours], outcomes[theirs], theirs, TOLERANCE[options.dtype])
+        row |= (apart := compare(outcomes[ours], outcomes[theirs], theirs, TOLERANCE[options.dtype]))
+        print(f"  {loss:<9}chunked and {theirs}: values and gradients differ by "
+              f"{' and '.join(f'{value:.0e}' for value in apart.values())} of the largest", flush=True)
+    print(f"  {loss:<9}ideal         {ideal_s:9.3f} s of {PRODUCTS[loss]} products; chunked reaches "
+          f"{ideal_s / row['chunked_s']:.0%}", flush=True)
     return row
 
 
@@ -248,6 +262,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--loss", nargs="+", choices=LOSSES, default=["jsd", "topk"], help="losses (jsd topk)")
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="bfloat16" if on_gpu else "float32",
                         help="of hidden states and head (%(default)s)")
+    add_hardware_option(parser)
     add_json_option(parser, "write the first loss's numbers there, and all of them as rows, as they come")
     options = parser.parse_args(arguments)
     refuse_below(parser, options, tokens=1, hidden=1, vocab=TOPK + 1, chunk_tokens=0, threads=0, repeats=1)
@@ -266,8 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
           flush=True)
     rows: list[dict] = []
     try:
+        rate = where["matrix_flops"] = peaks(options).flops(options.dtype)
         for loss in options.loss:
-            rows.append(measure(loss, options))
+            rows.append(measure(loss, options, rate))
             save_json(options.json, rows[0] | {"rows": rows}, where, options)
     except (ArithmeticError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -200,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(measure(row, options, spec))
             save_json(options.json, summary(rows) | {"rows": rows}, where, options)
     except (ArithmeticError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # Errors about a backbone name the field of a recipe; here it is an argument.
+        print("error: " + str(error).replace("model.path:", "model:", 1), file=sys.stderr)
         return 1 if isinstance(error, ArithmeticError) else 2
     return 0
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from copd_megatron.simulate.hardware import BUILT_IN
+
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench_losses.py"
-ONCE = ["--threads", "1", "--repeats", "1"]
+ONCE = ["--threads", "1", "--repeats", "1", "--hardware", "cpu"]
 SMALL = ["--tokens", "96", "--hidden", "16", "--vocab", "4096", "--chunk-tokens", "8", *ONCE]
 
 
@@ -36,9 +38,13 @@ def test_sides_agree_on_every_loss(here, tmp_path, capsys):
     for row in result["rows"]:
         assert row["materialised_value_difference"] < 1e-4 and row["materialised_gradient_difference"] < 1e-4
         assert row["chunked_s"] > 0 and row["materialised_s"] > 0
+        products = 2 if row["loss"] == "logprob" else 3
+        assert row["ideal_s"] == products * 2 * 96 * 16 * 4096 / BUILT_IN["cpu"].flops("float32")
     assert result["chunked_peak_bytes"] == result["rows"][0]["chunked_peak_bytes"]
     assert result["liger_s"] is None and result["liger_skipped"]
-    assert "skipped: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "skipped: " in printed and "of 3 products; chunked reaches" in printed
+    assert "chunked and materialised: values and gradients differ by" in printed
 
 
 def test_chunks_take_less_memory_than_kept_logits(bench, tmp_path):

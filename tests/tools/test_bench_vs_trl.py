@@ -91,6 +91,11 @@ def test_impossible_shapes_are_refused(bench, model, capsys, arguments, message)
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
+def test_a_backbone_that_is_not_there_is_one_line(bench, tmp_path, capsys):
+    assert bench.main([str(tmp_path / "none"), "--ours-only"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: model: {tmp_path}/none/config.json does not exist")
+
+
 def test_a_prompt_shorter_than_its_header_is_one_line(bench, model, capsys):
     assert bench.main([model, "--ours-only", "--prompt-tokens", "1"]) == 2
     assert "--prompt-tokens: 1; more than the header's" in capsys.readouterr().err
