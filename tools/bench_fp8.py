@@ -50,6 +50,8 @@ from copd_megatron.types import UserError  # noqa: E402
 
 FORMS = get_args(ModelConfig.model_fields["fp8"].annotation)
 TOPK = 64
+LEAST_COSINE = 0.7
+"""Of gradients to those of ``none``. Rounding of many layers leaves more; a wrong scale or layout, about 0."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def errors(group: Group, plain: Outcome, own: Outcome) -> dict[str, float]:
 
 
 def rows_of(options: argparse.Namespace, groups: Groups, found: Callable[[dict], None]) -> None:
-    """Hand over the row of each form as it comes."""
+    """Hand over the row of each form as it comes. Raises ArithmeticError if one computes something else."""
     spec, plain, first = spec_of(options), None, None
     adapter = AdapterConfig(rank=options.rank, alpha=float(options.rank), scope=options.scope,
                             first_layer=options.first_layer)
@@ -151,6 +153,9 @@ def rows_of(options: argparse.Namespace, groups: Groups, found: Callable[[dict],
         if plain is None:
             plain, first = outcome, row
         row |= errors(group, plain, outcome)
+        if not row["gradient_cosine"] >= LEAST_COSINE:
+            raise ArithmeticError(f"{form}: gradients have a cosine of {row['gradient_cosine']:.2f} to those without "
+                                  f"FP8; at least {LEAST_COSINE}; it computes something else")
         row |= {f"{name}_ratio": row[name] / first[name] for name in ("score_s", "update_s", "weights_bytes")}
         found(row)
         del group, outcome
@@ -184,7 +189,7 @@ def show(row: dict) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, write. 0; 2 when something impossible was asked for."""
+    """Measure, print, write. 0; 1 when a form computes something else; 2 when something impossible was asked for."""
     options = parse(arguments)
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     where, rows = machine(), []
@@ -202,9 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         rows_of(options, groups, found)
-    except UserError as error:
+    except (ArithmeticError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, ArithmeticError) else 2
     finally:
         groups.destroy()
     return 0

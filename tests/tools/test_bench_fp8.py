@@ -79,6 +79,14 @@ def test_errors_are_those_of_the_definitions(bench, one_rank):
     assert found["logprob_error"] == pytest.approx(0.5)
 
 
+def test_a_form_that_computes_something_else_is_an_error(bench, monkeypatch, capsys):
+    right = bench.errors
+    monkeypatch.setattr(bench, "errors", lambda group, plain, own: right(group, plain, bench.Outcome(
+        own.hidden, own.logprobs, own.gradients if own is plain else {n: -g for n, g in own.gradients.items()})))
+    assert bench.main([*SMALL, "--forms", "frozen_rowwise"]) == 1
+    assert "frozen_rowwise: gradients have a cosine of -" in capsys.readouterr().err
+
+
 def test_what_cannot_be_in_float64_is_a_row_that_says_so(bench, tmp_path):
     file = tmp_path / "fp8.json"
     assert bench.main([*SMALL, "--dtype", "float64", "--forms", "frozen_rowwise", "--json", str(file)]) == 0
