@@ -273,6 +273,7 @@ def _shard_scores(hidden_TH: Tensor, head: Head, ids_TJ: Tensor, temperature: fl
             own = ShardScores(lse_T, entropy_T, picked_TJ, operator.rest_(
                 logits_TV, torch.zeros_like(lse_T) if entropy else lse_T, ids_TJ[rows], hidden_TH[rows], weight,
                 temperature) if rest else None)
+            del logits_TV  # or it lives on beside the next chunk's
         else:
             own = operator.linear_logprob(hidden_TH[rows], weight, ids_TJ[rows], temperature, entropy, rest, memory_CV)
         for column, part in zip(whole, own):

@@ -26,7 +26,7 @@ def _row(X, Q, S, MULTIPLIER, K, stride, eps, largest, MULTIPLY: tl.constexpr, O
         if MULTIPLY:
             x = x * tl.load(MULTIPLIER + k, mask=k < K, other=0.0)
         peak = tl.maximum(peak, tl.max(tl.abs(x), 0))
-    scale = tl.maximum(peak, eps) / largest
+    scale = tl.div_rn(tl.maximum(peak, eps), largest)  # Triton's own / is off by a bit or two
     tl.store(S + row, scale)
     for start in range(0, K, BLOCK):
         k = start + place
@@ -34,7 +34,7 @@ def _row(X, Q, S, MULTIPLIER, K, stride, eps, largest, MULTIPLY: tl.constexpr, O
             x = tl.load(X + row * stride + k, mask=k < K, other=0.0).to(tl.float32)
             if MULTIPLY:
                 x = x * tl.load(MULTIPLIER + k, mask=k < K, other=0.0)
-        y = tl.minimum(tl.maximum(x / scale, -largest), largest)
+        y = tl.minimum(tl.maximum(tl.div_rn(x, scale), -largest), largest)
         tl.store(Q + row * K + k, y.to(tl.float8e4nv), mask=k < K)
 
 
