@@ -41,7 +41,7 @@ def add_shape_options(parser: argparse.ArgumentParser, first_layers: bool = Fals
     several = {"nargs": "+", "help": "first adapted layers (0 and half depth)"}
     parser.add_argument("--first-layer", type=int, metavar="N", **several if first_layers else {
         "default": 0, "help": "first adapted layer (%(default)s)"})
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="model.dtype (%(default)s)")
     for name in ("attention", "kernels"):
         parser.add_argument(f"--{name}", choices=get_args(ModelConfig.model_fields[name].annotation), default="auto",
                             help=f"model.{name} (%(default)s)")

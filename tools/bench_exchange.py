@@ -271,13 +271,17 @@ def machine() -> dict:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line; defaults are sized for two CPU cores and 20 GB."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="N")
+    parser.add_argument("--experts", type=int, nargs="+", default=[2, 4, 8, 16, 32], metavar="N",
+                        help="numbers of experts (2 4 8 16 32)")
     parser.add_argument("--topologies", nargs="+", default=["hub", "full", "ring"], metavar="NAME",
-                        choices=[name for name in TOPOLOGIES if name != "none"])
-    parser.add_argument("--signals", nargs="+", default=list(KINDS), choices=KINDS, metavar="NAME")
+                        choices=[name for name in TOPOLOGIES if name != "none"],
+                        help="as exchange.topology (hub full ring)")
+    parser.add_argument("--signals", nargs="+", default=list(KINDS), choices=KINDS, metavar="NAME",
+                        help=f"as opd.signal ({' '.join(KINDS)})")
     parser.add_argument("--per", choices=("student", "edge"), default="student",
                         help="what --tokens are fixed for: cross tokens of a student, or of an edge (%(default)s)")
-    parser.add_argument("--wire-dtype", choices=tuple(WIRE), default="bfloat16")
+    parser.add_argument("--wire-dtype", choices=tuple(WIRE), default="bfloat16",
+                        help="opd.wire_dtype (%(default)s)")
     for name, default, text in (
             ("ranks", 4, "replicas; more experts than that live together"),
             ("tokens", 8192, f"cross tokens, see --per; one in {FULL_SHARE} for signal full"),

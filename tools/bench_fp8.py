@@ -168,7 +168,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_group_options(parser)
     add_shape_options(parser)
     add_recompute_option(parser)
-    parser.add_argument("--scope", choices=("sequence", "completion"), default="completion")
+    parser.add_argument("--scope", choices=("sequence", "completion"), default="completion",
+                        help="adapter.scope (%(default)s)")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="forms; none comes first (all)")
     add_json_option(parser, "write the rows there, as they come")
     options = parser.parse_args(arguments)

@@ -96,7 +96,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_group_options(parser)
     add_shape_options(parser, first_layers=True)
-    parser.add_argument("--scope", choices=("sequence", "completion"), default="completion")
+    parser.add_argument("--scope", choices=("sequence", "completion"), default="completion",
+                        help="adapter.scope (%(default)s)")
     add_hardware_option(parser)
     add_json_option(parser, "write the rows there, as they come")
     options = parser.parse_args(arguments)

@@ -192,7 +192,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (%(default)s)")
     add_shape_options(parser)
     add_recompute_option(parser)
-    parser.add_argument("--scope", choices=("sequence", "completion"), default="sequence")
+    parser.add_argument("--scope", choices=("sequence", "completion"), default="sequence",
+                        help="adapter.scope (%(default)s)")
     parser.add_argument("--sweep", action="store_true",
                         help="the map from 16k/1k to 1k/8k, both scopes, first layer 0 and half depth")
     add_json_option(parser, "write the results there, rows of --sweep as they come")
