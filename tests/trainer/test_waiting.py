@@ -50,12 +50,12 @@ STORED = {"adapter": {"scope": "completion"}, "rollout": {"prefix_store_bytes": 
 SEVERAL = {"model": {"recompute": "full"}, "rlvr": {"minibatches_per_rollout": 2, "entropy_coef": 0.1, "kl_coef": 0.1}}
 
 
-@pytest.mark.parametrize("signal, sections", [
-    ("sampled", {}), ("topk", {}), ("student_topk", {}), ("full", {}), ("topk", HALF_DEPTH), ("full", STORED),
-    ("sampled", SEVERAL)], ids=str)
-def test_scoring_and_update_do_not_wait(signal, sections, tmp_path):
+@pytest.mark.parametrize("family, signal, sections", [
+    *(("qwen3", signal, {}) for signal in ("sampled", "topk", "student_topk", "full")), ("qwen3_vl", "topk", {}),
+    ("qwen3", "topk", HALF_DEPTH), ("qwen3", "full", STORED), ("qwen3", "sampled", SEVERAL)], ids=str)
+def test_scoring_and_update_do_not_wait(family, signal, sections, tmp_path):
     """Optimizers included."""
-    config = toy_config("qwen3", ("text", "image"), opd={"signal": signal},
+    config = toy_config(family, ("text", "image"), opd={"signal": signal},
                         schedule={"rl_steps": 0, "opd_steps": 1},
                         optimizer={"lr": 0.01, "microbatch_tokens": 120}, metrics={"rollouts": False}, **sections)
     waiting = Waiting()
