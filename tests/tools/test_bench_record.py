@@ -101,7 +101,11 @@ def test_an_interrupted_tool_ends_its_other_process_and_says_one_line(tmp_path):
         if __name__ == "__main__":
             end(lambda: in_a_process(work, {str(tmp_path / "pid")!r}))
         """))
-    tool = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    try:
+        tool = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 200
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
