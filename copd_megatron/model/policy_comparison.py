@@ -84,6 +84,9 @@ def _compare_shards(sides: Sequence[Tensor], head: Head, k: int,
             if place == 0:
                 own_TV = logprobs_TV
             else:
-                gap_TP[rows, place - 1] = torch.cat([(own - other).mul_(own.exp()).sum(1) for own, other in zip(
-                    row_blocks(own_TV), row_blocks(logprobs_TV))])
+                gap_TP[rows, place - 1] = torch.cat([
+                    torch.sub(own, other, out=other).mul_(own.exp()).sum(1)
+                    for own, other in zip(row_blocks(own_TV), row_blocks(logprobs_TV))])
+            del logits_TV, logprobs_TV  # or they live on beside the next policy's
+        del own_TV
     return lse_TN, gap_TP, values_TNK, ids_TNK.add_(head.vocab_start)

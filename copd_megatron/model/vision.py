@@ -147,7 +147,6 @@ class VisionTower:
         stacked = torch.stack([out.pooler_output, *getattr(out, "deepstack_features", ())])
         yield from stacked.split((grid.prod(1) // self.merged_patches).tolist(), dim=1)
 
-
     def _layout(self, grid: Tensor) -> dict[str, Tensor]:
         """What the tower would make of the grids itself, made on the host: it reads sizes as numbers, three times in
         each layer where attention cuts the rows, and each time would wait for a GPU."""

@@ -313,7 +313,7 @@ def merge_lse(lse: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def merge_shard_topk(values_TK: Tensor, ids_TK: Tensor,
-                      group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+                     group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     """The k best of all shards; only k candidates per rank travel."""
     if _alone(group):
         return values_TK, ids_TK

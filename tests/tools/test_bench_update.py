@@ -10,16 +10,7 @@ import torch
 
 from copd_megatron.config.model import AdapterConfig, ModelConfig
 from copd_megatron.model.spec import BackboneSpec, RopeSpec
-from copd_megatron.simulate.flops import (
-    WAYS,
-    PassStreams,
-    Stream,
-    UpdateShape,
-    pass_flops,
-    pass_streams,
-    recomputed_flops,
-    update_flops,
-)
+from copd_megatron.simulate import flops as count
 
 TOOL = Path(__file__).resolve().parents[2] / "tools/bench_update.py"
 SMALL = ["--layers", "2", "--hidden", "32", "--heads", "2", "--kv-heads", "1", "--ffn", "48", "--vocab", "61",
@@ -27,7 +18,7 @@ SMALL = ["--layers", "2", "--hidden", "32", "--heads", "2", "--kv-heads", "1", "
 SPEC = BackboneSpec(family="qwen3", num_layers=2, hidden_size=32, ffn_hidden_size=48, num_heads=2, num_kv_heads=1,
                     head_dim=16, vocab_size=61, norm_eps=1e-6, rope=RopeSpec(1e6), qk_norm=True, qkv_bias=False,
                     o_bias=False, mlp_bias=False, tied_head=False, deepstack_layers=0)
-SHAPE = UpdateShape(12, 4, group=3, experts=2)
+SHAPE = count.UpdateShape(12, 4, group=3, experts=2)
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +37,11 @@ def test_writes_times_ratios_and_differences(bench, tmp_path, capsys, scope, fir
                        scope, "--first-layer", str(first_layer), "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     adapter = AdapterConfig(rank=3, scope=scope, first_layer=first_layer)
-    flops = {way: update_flops(way, SHAPE, SPEC, adapter).total for way in WAYS}
+    flops = {way: count.update_flops(way, SHAPE, SPEC, adapter).total for way in count.WAYS}
     assert ("kept_s" in result) == (first_layer > 0)
     if first_layer:
-        below = PassStreams(pass_streams(SHAPE, adapter, 2, True).below, Stream(), Stream(), 0)
-        saved = 2 * pass_flops(SPEC, adapter, below, backward=False).total  # of the scoring pass and of the update
+        below = count.PassStreams(count.pass_streams(SHAPE, adapter, 2, True).below, count.Stream(), count.Stream(), 0)
+        saved = 2 * count.pass_flops(SPEC, adapter, below, backward=False).total  # of scoring and update
         assert result["kept_flops"] == pytest.approx(flops["shared"] - saved) and saved > 0.1 * flops["shared"]
         assert result["kept_ratio"] == result["naive_s"] / result["kept_s"] > 0
         assert result["kept_predicted_ratio"] > result["predicted_ratio"]
@@ -69,10 +60,10 @@ def test_what_the_backward_computes_again_is_counted(bench, tmp_path):
     assert bench.main([*SMALL, "--prefix", "12", "--completion", "4", "--group", "3", "--experts", "2", "--recompute",
                        "full", "--json", str(file)]) == 0
     result, adapter = json.loads(file.read_text()), AdapterConfig(rank=3)
-    lanes = pass_streams(SHAPE, adapter, 1, sharing=True)
-    again = recomputed_flops(SPEC, adapter, lanes, "full").total
-    assert result["shared_flops"] == update_flops("shared", SHAPE, SPEC, adapter).total + again
-    assert again == pass_flops(SPEC, adapter, lanes, backward=False).total - 2 * 32 * 61 * 3 * 4  # all but the head
+    lanes = count.pass_streams(SHAPE, adapter, 1, sharing=True)
+    again = count.recomputed_flops(SPEC, adapter, lanes, "full").total
+    assert result["shared_flops"] == count.update_flops("shared", SHAPE, SPEC, adapter).total + again
+    assert again == count.pass_flops(SPEC, adapter, lanes, backward=False).total - 2 * 32 * 61 * 3 * 4  # no head
 
 
 def test_sweep_covers_the_map(bench, tmp_path, capsys):
